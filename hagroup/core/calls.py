@@ -30,7 +30,7 @@ Mechanism: TypeAlias = "tuple[int, MechanismParam]"
 """CKM number and parameter."""
 
 
-class Ckr(Exception):  # noqa: N818
+class Ckr(Exception):
     """The member answered, with a return value other than CKR_OK. The call is over; its effect is what PKCS#11 says."""
 
     def __init__(self, rv: int, function: str) -> None:
@@ -39,7 +39,7 @@ class Ckr(Exception):  # noqa: N818
         self.function = function
 
 
-class MemberGone(Exception):  # noqa: N818
+class MemberGone(Exception):
     """The connection ended (worker died or was killed, socket closed) before a reply came.
 
     ``sent`` is False only where it is certain that the member never saw the request.
@@ -50,13 +50,13 @@ class MemberGone(Exception):  # noqa: N818
         self.sent = sent
 
 
-class DeadlinePassed(Exception):  # noqa: N818
+class DeadlinePassed(Exception):
     """No reply inside the deadline. The call may still execute, at any later time (DESIGN.md 4.1)."""
 
 
-class StaleGeneration(Exception):  # noqa: N818
+class StaleGeneration(Exception):
     """The request named handles of an earlier generation. It was not executed."""
 
 
-class WorkerFault(Exception):  # noqa: N818
+class WorkerFault(Exception):
     """The worker's own code failed (not the module): the text says where. Treated like :class:`MemberGone`."""

@@ -1,0 +1,259 @@
+"""What the journal records (DESIGN.md 4), as values. No behaviour beyond what follows from the value itself.
+
+Identifiers: a *UID* is 16 random bytes that name one object for the whole group and for ever; an *owner* names one
+process's registration (alive while its lock is held); a *change number* orders all changes within an epoch.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class ObjectState(StrEnum):
+    """Life of a group object. ``deleted`` has no record: what is left of it is its tombstone."""
+
+    CREATING = "creating"
+    LIVE = "live"
+
+
+class OwedKind(StrEnum):
+    """What a member still has to be brought to do for one object."""
+
+    INSTALL = "install"  # make it there in its current revision (first time, or anew)
+    SET = "set"  # it is there in an older revision: set the attributes that differ
+    DESTROY = "destroy"  # it must not be there
+
+
+class Locator(msgspec.Struct, frozen=True, array_like=True):
+    """How an object may be found on a member: never a handle (DESIGN.md 4.4)."""
+
+    object_class: int
+    key_type: int | None
+    id: bytes
+    label: bytes
+
+
+class FingerprintKind(StrEnum):
+    """How to tell that an object on a member is this one."""
+
+    PUBLIC = "public"  # SHA-256 over the public attributes, in the order of their numbers
+    DIGEST = "digest"  # SHA-256 by C_DigestKey over salt || key
+    NONE = (
+        "none"  # the class has nothing to compare but its attributes (data objects: VALUE is compared whole)
+    )
+
+
+class Fingerprint(msgspec.Struct, frozen=True, array_like=True):
+    kind: FingerprintKind
+    salt: bytes
+    value: bytes
+
+
+class ObjectRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One group object as the virtual slot shows it."""
+
+    uid: bytes
+    object_class: int
+    key_type: int | None
+    state: ObjectState
+    revision: int
+    """1 when made; each attribute change adds 1."""
+    attributes: dict[int, bytes]
+    """All attributes that the virtual slot answers, packed; never VALUE or a private component of a key."""
+    answered_only: frozenset[int] = frozenset()
+    """Attributes that are answered from here and never set on a member (LOCAL, DESTROYABLE = false, ...)."""
+    member_id: bytes | None = None
+    """CKA_ID on the members where it is not ``attributes[CKA_ID]`` (DESIGN.md 4.4, nothing else separates two)."""
+    envelope: bytes | None = None
+    """Sealed key, or private data object; None for what travels by its attributes."""
+    fingerprint: Fingerprint = Fingerprint(FingerprintKind.NONE, b"", b"")
+    intent: str | None = None
+    """The open intent that created it (state ``creating``) or is changing it."""
+    change: int = 0
+    """Change number of the last change of the record itself."""
+
+    @property
+    def locator(self) -> Locator:
+        """Where a member that is up to date has it."""
+        id_ = self.attributes.get(0x102, b"") if self.member_id is None else self.member_id
+        return Locator(self.object_class, self.key_type, id_, self.attributes.get(0x003, b""))
+
+
+class Copy(msgspec.Struct, frozen=True, kw_only=True):
+    """What one member has of one object, as last confirmed."""
+
+    member: str
+    uid: bytes
+    revision: int
+    locator: Locator
+
+
+class OwedRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A change that one member still owes (DESIGN.md 4.1)."""
+
+    member: str
+    uid: bytes
+    kind: OwedKind
+    revision: int
+    """Revision the member has to reach (of no meaning for ``destroy``)."""
+    owner: str | None
+    """Who claimed it; None: free to be claimed."""
+    worker: str | None
+    """Lock name of the worker that was asked last (to prove it dead)."""
+    sent: bool
+    """A member was, or may have been, asked."""
+    doubt_since: float | None
+    """Boot time in seconds at which the owner gave up waiting for a sent call; None: no doubt."""
+    locators: tuple[Locator, ...]
+    """Every locator under which the object may now be found there."""
+    reason: str | None
+    """Why the member refused, where it did (token full, mechanism missing): shown to people."""
+    change: int
+    """Change number of the change that is owed; rows from before a barrier keep a member out."""
+
+
+class IntentKind(StrEnum):
+    CREATE = "create"
+    SET = "set"
+
+
+class Intent(msgspec.Struct, frozen=True, kw_only=True):
+    """A change that is under way."""
+
+    id: str
+    kind: IntentKind
+    owner: str
+    uids: tuple[bytes, ...]
+    change: int
+    new_attributes: dict[int, bytes] | None = None
+    """For ``set``: only the attributes that change."""
+    new_envelope: bytes | None = None
+    """For ``set``: the envelope re-sealed for the next revision (None where the object has none)."""
+
+
+class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
+    """A destroyed object; kept for good."""
+
+    uid: bytes
+    change: int
+    time: float
+    """Wall clock, for people."""
+    locators: tuple[Locator, ...]
+    fingerprint: Fingerprint
+
+
+class Role(StrEnum):
+    ACTIVE = "active"
+    STANDBY = "standby"
+    BACKUP = "backup"
+
+
+class Membership(StrEnum):
+    """The group's own knowledge of a member. Whether it answers just now is each process's own knowledge."""
+
+    JOINING = "joining"  # listed: a target of all new writes; not yet admitted
+    ADMITTED = "admitted"  # may serve (each process after its own successful connect and check)
+    OUT_OF_SYNC = "out-of-sync"  # was admitted; must be resynced before it serves again
+    QUARANTINED = "quarantined"  # a person acts
+
+
+class MemberRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One member as the group knows it."""
+
+    name: str
+    serial: str
+    role: Role
+    membership: Membership
+    draining: bool = False
+    reason: str | None = None
+    """Why it is quarantined or out of sync, for people."""
+    since: float = 0.0
+    """Wall clock of the last change of ``membership``, for people."""
+    low: int = 0
+    """Every change up to here is finished on this member."""
+    announced: int = 0
+    """Newest tombstone or attribute change that this member's manifest may show (DESIGN.md 4.6)."""
+    confirmed: int = 0
+    """Newest one that its manifest was seen to show."""
+    default_extractable: bool = False
+    """EXTRACTABLE of a key made without it on this member, learnt at join."""
+
+
+class GroupRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The group as a whole."""
+
+    label: str
+    serial: str
+    epoch: str
+    membership_revision: int
+    change: int
+    """The newest change number."""
+    domain_key_id: bytes
+    partition_key_id: bytes
+    reference: bytes
+    """Reference envelope: opens only with both keys of the domain (G9, where no member serves)."""
+
+
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
+    """What one process saw of one member (DESIGN.md 4.5): never a verdict."""
+
+    member: str
+    observer: str
+    site: str | None
+    ok: bool
+    kind: str
+    boot_time: float
+
+
+class LoginState(StrEnum):
+    TRYING = "trying"
+    REFUSED = "refused"
+    ACCEPTED = "accepted"
+
+
+class LoginRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The last login by a ``pin`` source or application PIN on one member (DESIGN.md 4.7). No PIN, no hash."""
+
+    member: str
+    source: str
+    """``file:/path``, ``env:NAME``, ``command:...`` or ``application``."""
+    stamp: str
+    """What tells that the source changed since."""
+    state: LoginState
+    owner: str
+    boot_time: float
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """A right that ends by itself; ``token`` grows with each holder and fences late writers."""
+
+    name: str
+    owner: str
+    token: int
+    expires: float
+    """Boot time in seconds."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the event log."""
+
+    number: int
+    time: float
+    kind: str
+    member: str | None
+    text: str
+    data: dict[str, str]
+
+
+class Changes(msgspec.Struct, frozen=True, kw_only=True):
+    """What moved since a change number."""
+
+    change: int
+    """The number that this answer is up to."""
+    uids: frozenset[bytes]
+    members: bool
+    """Member records or the group record moved too."""
+    everything: bool = False
+    """The epoch is another one: forget all."""
