@@ -90,8 +90,41 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
     locator: Locator
 
 
+class Attempt(msgspec.Struct, frozen=True, array_like=True):
+    """One time that a member was, or may have been, asked, and no answer has been recorded (DESIGN.md 4.1).
+
+    An HSM cannot be fenced: until it is answered, or can no longer execute (its worker is proved dead and the module
+    is local, or the late window has passed), it may still change the token.
+    """
+
+    number: int
+    """Names the attempt within its row; a later attempt has a higher one."""
+    owner: str
+    worker: str | None
+    """Lock name of the worker that was asked (to prove it dead)."""
+    kind: OwedKind
+    """What was asked for. ``destroy`` in a row that is owed something else: its owner is undoing a refused change."""
+    revision: int
+    asked: float
+    """Boot time at which it was written down, before the member was asked; 0.0 if that was before this boot."""
+    doubt_since: float | None = None
+    """Boot time at which its owner gave up waiting, or was found dead; None: the owner still waits for the reply."""
+    spoiled: bool = False
+    """Another owner removed the object from the token since: a reply no longer shows that it is there."""
+
+    @property
+    def since(self) -> float:
+        """From when the late window counts."""
+        return self.asked if self.doubt_since is None else self.doubt_since
+
+
 class OwedRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A change that one member still owes (DESIGN.md 4.1)."""
+    """A change that one member still owes (DESIGN.md 4.1).
+
+    The row ends only when what is owed was confirmed *and* no other attempt is outstanding. Brought to its end while
+    an older attempt may still execute, it stays as ``settled``: nothing routes to it, it is searched again, and
+    ``clear_doubt`` or ``resolve_attempts`` ends it.
+    """
 
     member: str
     uid: bytes
@@ -100,18 +133,38 @@ class OwedRow(msgspec.Struct, frozen=True, kw_only=True):
     """Revision the member has to reach (of no meaning for ``destroy``)."""
     owner: str | None
     """Who claimed it; None: free to be claimed."""
-    worker: str | None
-    """Lock name of the worker that was asked last (to prove it dead)."""
-    sent: bool
-    """A member was, or may have been, asked."""
-    doubt_since: float | None
-    """Boot time in seconds at which the owner gave up waiting for a sent call; None: no doubt."""
     locators: tuple[Locator, ...]
     """Every locator under which the object may now be found there."""
     reason: str | None
     """Why the member refused, where it did (token full, mechanism missing): shown to people."""
     change: int
     """Change number of the change that is owed; rows from before a barrier keep a member out."""
+    attempts: tuple[Attempt, ...] = ()
+    """Outstanding ones, oldest first."""
+    settled: bool = False
+    """What is owed was confirmed; only older attempts keep the row (in doubt)."""
+    asked_before: bool = False
+    """It may be there, whole or in half, from before the newest attempt: look before making it."""
+
+    @property
+    def sent(self) -> bool:
+        """A member was, or may have been, asked, and has not answered."""
+        return bool(self.attempts)
+
+    @property
+    def worker(self) -> str | None:
+        """Lock name of the worker that was asked last."""
+        return self.attempts[-1].worker if self.attempts else None
+
+    @property
+    def doubt_since(self) -> float | None:
+        """Boot time at which the last owner gave up waiting for a sent call; None: no doubt yet."""
+        return max((a.doubt_since for a in self.attempts if a.doubt_since is not None), default=None)
+
+    @property
+    def unanswered(self) -> tuple[Attempt, ...]:
+        """Outstanding attempts other than those that the row's present owner is waiting for."""
+        return tuple(a for a in self.attempts if a.doubt_since is not None or a.owner != self.owner)
 
 
 class IntentKind(StrEnum):
@@ -131,6 +184,8 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
     """For ``set``: only the attributes that change."""
     new_envelope: bytes | None = None
     """For ``set``: the envelope re-sealed for the next revision (None where the object has none)."""
+    asked: tuple[str, ...] = ()
+    """Members whose rows were claimed and marked sent for it: only these may be asked without a further ``claim``."""
 
 
 class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,6 +242,7 @@ class GroupRecord(msgspec.Struct, frozen=True, kw_only=True):
     label: str
     serial: str
     epoch: str
+    """Later epochs compare greater."""
     membership_revision: int
     change: int
     """The newest change number."""
@@ -256,4 +312,4 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
     members: bool
     """Member records or the group record moved too."""
     everything: bool = False
-    """The epoch is another one: forget all."""
+    """The epoch is another one, or so much moved that it is not listed: forget all."""

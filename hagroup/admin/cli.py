@@ -1,0 +1,170 @@
+"""``ha-admin``: the operator's command (DESIGN.md 1.3)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import click
+import msgspec
+import typer
+
+from hagroup.admin import commands, show
+from hagroup.admin.pins import default_config
+from hagroup.config import logging as logs
+from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone
+from hagroup.errors import GroupUnavailable, HAError
+from hagroup.members import ModuleProblem
+
+FINE, DEGRADED, USAGE, UNREACHABLE = 0, 1, 2, 3
+
+app = typer.Typer(
+    name="ha-admin",
+    help="Looks after a hagroup: a group of HSMs that a program uses as one.\n\n"
+    "Exit status: 0 fine and in sync; 1 degraded or out of sync; 2 usage or configuration; 3 nothing reachable.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+group_app = typer.Typer(help="The group as a whole.", no_args_is_help=True)
+app.add_typer(group_app, name="group")
+
+_chosen: dict[str, Path] = {}
+
+PinFile = Annotated[
+    Path | None, typer.Option("--pin-file", help="file with the user PIN, for members without a `pin` source")
+]
+PinEnv = Annotated[str | None, typer.Option("--pin-env", help="environment variable with the user PIN")]
+Json = Annotated[bool, typer.Option("--json", help="print a document for programs")]
+
+
+@app.callback()
+def _options(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="FILE", help="hagroup.toml (default: $HAGROUP_CONFIG)")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log to standard error what is done")] = False,
+) -> None:
+    logs.configure("console", "DEBUG" if verbose else "CRITICAL")
+    named = config or (Path(path) if (path := default_config()) else None)
+    if named is not None:
+        _chosen["config"] = named
+
+
+def _config() -> Path:
+    if "config" not in _chosen:
+        _fail("no configuration: give --config FILE or set HAGROUP_CONFIG", USAGE)
+    return _chosen["config"]
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    print(f"ha-admin: {text}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+@group_app.command("create")
+def group_create(
+    so_pin_file: Annotated[Path | None, typer.Option("--so-pin-file", help="file with the members' SO PIN")] = None,
+    so_pin_env: Annotated[str | None, typer.Option("--so-pin-env", help="variable with the members' SO PIN")] = None,
+    pin_file: PinFile = None,
+    pin_env: PinEnv = None,
+    sealed: Annotated[
+        bool, typer.Option("--sealed", help="domain keys that can never leave a member (later joins need the shares)")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Make the group that the configuration describes: cloning domain, journal, serial number.
+
+    Two people are needed, as for every join: the user (PIN) and the security officer (SO PIN) of the first member.
+    """
+    commands.create(
+        _config(),
+        pin=(pin_file, pin_env),
+        so_pin=(so_pin_file, so_pin_env),
+        sealed=sealed,
+        confirm=None if yes else _confirm,
+    )
+
+
+def _confirm(question: str) -> bool:
+    return sys.stdin.isatty() and typer.confirm(question)
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Show at one look what is wrong and what to do. Needs no PIN."""
+    found = commands.status(_config())
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        show.status(found)
+    if found.group.state == "down":
+        raise typer.Exit(UNREACHABLE)
+    if found.group.state != "ok" or not found.group.in_sync:
+        raise typer.Exit(DEGRADED)
+
+
+@app.command()
+def sync(pin_file: PinFile = None, pin_env: PinEnv = None, as_json: Json = False) -> None:
+    """Bring every reachable member up to date now, and finish what processes that died left open."""
+    done = commands.sync(_config(), pin=(pin_file, pin_env))
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(done), indent=2).decode())
+    else:
+        show.sync(done)
+    if not done.reachable:
+        raise typer.Exit(UNREACHABLE)
+    if not done.in_sync:
+        raise typer.Exit(DEGRADED)
+
+
+@app.command()
+def objects(
+    member: Annotated[str | None, typer.Option("--member", metavar="NAME", help="what is on this member's token")] = None,
+    pin_file: PinFile = None,
+    pin_env: PinEnv = None,
+    as_json: Json = False,
+) -> None:
+    """List the group's objects, or with --member what one member's own token holds."""
+    if member is None:
+        found = commands.group_objects(_config())
+    else:
+        found = commands.member_objects(_config(), member, pin=(pin_file, pin_env))
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        show.objects(found)
+
+
+def main() -> None:
+    """Entry point: an error of ours or of a library is one sentence on standard error, never a traceback."""
+    try:
+        status = app(standalone_mode=False)
+    except HAError as error:
+        print(f"ha-admin: {error}", file=sys.stderr)
+        status = UNREACHABLE if isinstance(error, GroupUnavailable) else USAGE
+    except (ModuleProblem, MemberGone, DeadlinePassed, Ckr) as error:
+        print(f"ha-admin: {error}", file=sys.stderr)
+        status = UNREACHABLE
+    except click.exceptions.Abort:
+        print("ha-admin: stopped; run the same command again to complete it", file=sys.stderr)
+        status = USAGE
+    except click.ClickException as error:
+        error.show()
+        status = USAGE
+    except KeyboardInterrupt:
+        print("ha-admin: stopped; run the same command again to complete it", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = FINE
+    except OSError as error:
+        print(f"ha-admin: {error.strerror}: {error.filename}", file=sys.stderr)
+        status = USAGE
+    sys.exit(status or FINE)
+
+
+if __name__ == "__main__":
+    main()

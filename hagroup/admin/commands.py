@@ -1,0 +1,202 @@
+"""What each command of ``ha-admin`` does, apart from how it is asked for and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from hagroup import bootstrap
+from hagroup.admin import pins
+from hagroup.config.load import load
+from hagroup.config.model import GroupConfig
+from hagroup.config.pins import Pin, read_pin_stamped
+from hagroup.core.attributes import CKA, CKK, CKO
+from hagroup.engine import replica
+from hagroup.engine import setup as group_setup
+from hagroup.engine import status as group_status
+from hagroup.engine.group import GroupEngine
+from hagroup.engine.roster import open_life
+from hagroup.errors import ConfigurationError, GroupUnavailable
+from hagroup.journal import open_journal
+from hagroup.journal.clock import SystemClock
+
+PinOptions = tuple[Path | None, str | None]
+CKU_USER = 1
+
+
+class SyncedMember(msgspec.Struct, frozen=True):
+    name: str
+    state: str
+    finished: int
+    """Owed changes that are done now."""
+    owed: int
+    """Those that are not."""
+
+
+class Synced(msgspec.Struct, frozen=True):
+    members: list[SyncedMember]
+    reachable: bool
+    in_sync: bool
+
+
+class ObjectLine(msgspec.Struct, frozen=True):
+    """One line of ``objects``."""
+
+    object_class: str
+    key_type: str | None
+    label: str
+    id: str
+    note: str
+
+
+def create(
+    path: Path,
+    *,
+    pin: PinOptions,
+    so_pin: PinOptions,
+    sealed: bool,
+    confirm: Callable[[str], bool] | None,
+) -> None:
+    """``group create``."""
+    config = load(path)
+    if config.group.serial is not None:
+        raise ConfigurationError(
+            f"{path}: [group] serial is set ({config.group.serial}): this group was created already; `ha-admin status` "
+            "shows it"
+        )
+    user_pins = _user_pins(config, pin)
+    officer = pins.read("SO PIN", file=so_pin[0], variable=so_pin[1])
+    names = ", ".join(member.name for member in config.members)
+    if confirm is not None and not confirm(f"Create group {config.group.label} of {names}?"):
+        raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
+    serial = group_setup.create_group(config, user_pins, officer, sealed=sealed, clock=SystemClock())
+    print(f"group {config.group.label} ({serial}) created: {names}")
+
+
+def _user_pins(config: GroupConfig, options: PinOptions) -> dict[str, Pin]:
+    """The user PIN of every member: its own source, else the one given for all."""
+    found: dict[str, Pin] = {}
+    given: Pin | None = None
+    for member in config.members:
+        if member.pin is not None:
+            found[member.name] = read_pin_stamped(member.pin)[0]
+            continue
+        if given is None:
+            given = pins.read("user PIN", file=options[0], variable=options[1])
+        found[member.name] = given
+    return found
+
+
+def status(path: Path) -> group_status.Status:
+    config = load(path)
+    if config.group.serial is None:
+        raise ConfigurationError(f"{path}: the group was not created yet; run `ha-admin --config {path} group create`")
+    journal = open_journal(str(config.journal.url), clock=SystemClock())
+    try:
+        return group_status.gather(config, journal)
+    finally:
+        journal.close()
+
+
+def _logged_in(path: Path, options: PinOptions) -> GroupEngine:
+    """The group with every reachable member logged in; closes it again where that fails."""
+    group = bootstrap.open_group(path)
+    try:
+        if any(member.config.pin is None for member in group.roster.members.values()):
+            given = pins.read("user PIN", file=options[0], variable=options[1])
+            group.access.login(given.reveal())
+        group.supervisor.settle()
+    except BaseException:
+        group.close()
+        raise
+    return group
+
+
+def sync(path: Path, *, pin: PinOptions) -> Synced:
+    """Work off what every reachable member owes."""
+    group = _logged_in(path, pin)
+    try:
+        before = {name: len(group.journal.owed(name)) for name in group.view.members}
+        group.supervisor.sync_now()
+        members = []
+        for name in group.view.members:
+            owed = len(group.journal.owed(name))
+            member = group.roster.members.get(name)
+            state = "not configured here" if member is None else member.state.value
+            members.append(SyncedMember(name, state, max(0, before[name] - owed), owed))
+        serving = group.roster.serving()
+        return Synced(
+            members=members,
+            reachable=bool(serving),
+            in_sync=len(serving) == len(members) and all(member.owed == 0 for member in members),
+        )
+    finally:
+        group.close()
+
+
+def group_objects(path: Path) -> list[ObjectLine]:
+    """The group's objects, from the journal."""
+    config = load(path)
+    journal = open_journal(str(config.journal.url), clock=SystemClock())
+    try:
+        return [
+            _line(record.object_class, record.key_type, record.attributes, f"{record.uid.hex()} {record.state.value}")
+            for record in journal.objects()
+        ]
+    finally:
+        journal.close()
+
+
+def member_objects(path: Path, name: str, *, pin: PinOptions) -> list[ObjectLine]:
+    """What one member's own token holds, read from it and from nothing else."""
+    config = load(path)
+    member = next((member for member in config.members if member.name == name), None)
+    if member is None:
+        known = ", ".join(member.name for member in config.members)
+        raise ConfigurationError(f"{path} has no member {name!r}; its members are: {known}")
+    journal = open_journal(str(config.journal.url), clock=SystemClock())
+    timeout = config.timeouts.generate
+    try:
+        serials = {record.name: record.serial for record in journal.members()}
+        life = open_life(member, journal, generation=1, timeout=timeout, serial=serials.get(name))
+        try:
+            secret = _user_pins(msgspec.structs.replace(config, members=(member,)), pin)[name]
+            life.connection.login(CKU_USER, secret.reveal(), timeout=timeout)
+            entries = replica.inventory(life.connection, timeout=timeout)
+        finally:
+            life.connection.close()
+    finally:
+        journal.close()
+    if not entries:
+        return []
+    return [
+        _line(
+            entry.locator.object_class,
+            entry.locator.key_type,
+            {CKA.LABEL: entry.locator.label, CKA.ID: entry.locator.id},
+            "hagroup's own" if entry.own else "not readable" if entry.ghost else "",
+        )
+        for entry in entries
+    ]
+
+
+def _line(object_class: int, key_type: int | None, attributes: dict[int, bytes], note: str) -> ObjectLine:
+    return ObjectLine(
+        _name(CKO, object_class),
+        None if key_type is None else _name(CKK, key_type),
+        attributes.get(CKA.LABEL, b"").decode(errors="replace"),
+        attributes.get(CKA.ID, b"").hex(),
+        note,
+    )
+
+
+def _name(kind: Callable[[int], object], number: int) -> str:
+    try:
+        return str(getattr(kind(number), "name", number)).lower().replace("_", " ")
+    except ValueError:
+        return f"0x{number:x}"
+
+
+__all__: Sequence[str] = ("GroupUnavailable", "create", "group_objects", "member_objects", "status", "sync")

@@ -1,0 +1,64 @@
+"""How ``ha-admin`` prints for people: tables on a terminal, plain lines in pipes, no colour there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from hagroup.admin.commands import ObjectLine, Synced
+from hagroup.engine.status import Status
+
+_STYLES = {"in service": "green", "failed": "red", "quarantined": "bold red", "ok": "green", "down": "bold red"}
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold" if sys.stdout.isatty() else "")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def status(found: Status) -> None:
+    console = _console()
+    group = found.group
+    sync = "in sync" if group.in_sync else "NOT in sync"
+    console.print(f"group {group.label} ({group.serial}): {group.state}, {sync}", style=_STYLES.get(group.state, "yellow"))
+    console.print(f"journal {found.journal.url}: {'ok' if found.journal.ok else 'not reachable'}")
+    console.print(f"{found.objects} objects, {found.tombstones} tombstones")
+    console.print()
+    table = _table("member", "serial", "role", "state", "missing", "stale", "to delete", "why / since")
+    for member in found.members:
+        table.add_row(
+            member.name,
+            member.serial,
+            member.role,
+            member.state,
+            str(member.missing),
+            str(member.stale),
+            str(member.pending_deletes),
+            member.reason or member.since,
+            style=_STYLES.get(member.state),
+        )
+    console.print(table)
+
+
+def sync(done: Synced) -> None:
+    console = _console()
+    for line in done.members:
+        console.print(f"{line.name}: {line.state}, {line.finished} changes brought up to date, {line.owed} still owed")
+    console.print("in sync" if done.in_sync else "NOT in sync: see `ha-admin status`")
+
+
+def objects(found: Sequence[ObjectLine]) -> None:
+    console = _console()
+    table = _table("class", "type", "label", "id", "uid / what it is")
+    for line in found:
+        table.add_row(line.object_class, line.key_type or "", line.label, line.id, line.note)
+    console.print(table)

@@ -1,0 +1,52 @@
+"""From a path to a group: reads the configuration, opens the journal, puts the engine together. Used by all programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hagroup.config.load import load
+from hagroup.config.model import GroupConfig
+from hagroup.core.clock import Clock
+from hagroup.engine.group import GroupEngine
+from hagroup.errors import ConfigurationError, JournalMismatch
+from hagroup.journal import open_journal
+from hagroup.journal.clock import SystemClock
+
+
+def open_group(path: str | Path, *, clock: Clock | None = None) -> GroupEngine:
+    """The group that ``hagroup.toml`` at ``path`` describes, connected in the background.
+
+    :raises ConfigurationError: the file cannot be used; the text names file, key and line.
+    :raises JournalUnavailable: a client cannot start without the journal.
+    :raises JournalMismatch: the journal is another group's, or a copy.
+    """
+    return start_group(load(Path(path)), clock=clock)
+
+
+def start_group(config: GroupConfig, *, clock: Clock | None = None) -> GroupEngine:
+    """The same for a configuration that was read already."""
+    clock = clock or SystemClock()
+    if config.group.serial is None:
+        raise ConfigurationError(
+            f"{config.path}: [group] serial is not set: the group was not created yet; "
+            f"run `ha-admin --config {config.path} group create`"
+        )
+    journal = open_journal(str(config.journal.url), clock=clock)
+    try:
+        group, members = journal.view()
+        if group.serial != config.group.serial:
+            raise JournalMismatch(
+                f"{config.path}: [group] serial is {config.group.serial}, but the journal {config.journal.url} belongs to "
+                f"group {group.label} ({group.serial}); correct [journal] url or [group] serial"
+            )
+        configured = {member.name for member in config.members}
+        unknown = [member.name for member in members if member.name not in configured]
+        if unknown:
+            raise ConfigurationError(
+                f"{config.path}: the group has a member {unknown[0]!r} that this file does not have: it is older than "
+                "the group; add its [[member]] section, or remove it from the group with `ha-admin member remove`"
+            )
+        return GroupEngine(config, journal, clock)
+    except BaseException:
+        journal.close()
+        raise

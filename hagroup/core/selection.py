@@ -1,0 +1,52 @@
+"""Which member gets the next call (DESIGN.md 3, "Load"). Pure: loads and preferences in, an index out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+
+class Candidate(Protocol):
+    """What selection looks at."""
+
+    outstanding: int
+    """Calls in progress on this member from this process."""
+    standby: bool
+    rank: tuple[int, int]
+    """(0 near, 1 far; priority): lower first, from ``site`` and ``priority``."""
+    last_used: int
+    """Grows with each use: the least recent has the lowest."""
+
+
+C = TypeVar("C", bound="Candidate")
+
+
+def choose(candidates: Sequence[C], last: C | None) -> C | None:
+    """The member with the fewest outstanding calls, then rank, then least recent; standby only without an active one.
+
+    ``last`` is where the calling thread was: it stays there while that is as good.
+    """
+    best: C | None = None
+    for candidate in candidates:
+        if best is None or _better(candidate, best):
+            best = candidate
+    if best is None or last is None or best is last:
+        return best
+    if (
+        any(candidate is last for candidate in candidates)
+        and last.standby == best.standby
+        and last.outstanding <= best.outstanding
+        and last.rank <= best.rank
+    ):
+        return last
+    return best
+
+
+def _better(one: Candidate, other: Candidate) -> bool:
+    if one.standby != other.standby:
+        return other.standby
+    if one.outstanding != other.outstanding:
+        return one.outstanding < other.outstanding
+    if one.rank != other.rank:
+        return one.rank < other.rank
+    return one.last_used < other.last_used

@@ -1,0 +1,239 @@
+"""One operation on the group: choose a member, call it, and go on elsewhere when that member fails (G4, G5).
+
+Everything that the loop needs to decide is in ``core`` (which member, what a return value means); what an operation
+does on a member is a function of a life and handles. Only what may be repeated comes here: operations, and the making
+of keys as session objects in a scratch session, which leaves nothing behind wherever it is cut off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+from hagroup.core.calls import Ckr, DeadlinePassed, Handle
+from hagroup.core.ckr import CKR
+from hagroup.core.classify import Verdict, classify
+from hagroup.engine.member import Life, Member
+from hagroup.engine.roster import CONNECTION_LOST, Roster
+from hagroup.errors import CallTimeout, GroupUnavailable
+
+T = TypeVar("T")
+Operation = Callable[[Life, list[Handle]], T]
+
+_OVERLOAD_PAUSE = 0.02
+_MOST_DEATHS = 2
+"""A call in which two members died or hung is not sent to a third: it may be the call that kills them."""
+
+
+class Missing(Exception):
+    """The object is not on this member although the journal has it there."""
+
+
+class Usable(Protocol):
+    """An object that an operation uses: a token object of the journal or a session object of this process."""
+
+    always_authenticate: bool
+
+    def on(self, member: Member) -> bool:
+        """Whether it can be used on this member now."""
+        ...
+
+    def handle(self, member: Member, life: Life) -> Handle:
+        """Its handle in this life; raises :class:`Missing`."""
+        ...
+
+    def forget(self, member: Member, life: Life) -> None:
+        """The member says that the handle is stale."""
+        ...
+
+    def missing(self, member: Member) -> None:
+        """It is not there: have it repaired."""
+        ...
+
+    def suspect_replica(self, member: Member) -> None:
+        """Another member could use it, this one could not: have it proved."""
+        ...
+
+
+class Caller:
+    """Runs repeatable operations with failover."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+        self._patience = roster.config.timeouts.call
+
+    def run(
+        self,
+        objects: Sequence[Usable],
+        operation: Operation[T],
+        *,
+        logged_in: bool,
+        mechanism: int | None = None,
+        need_keys: bool = False,
+        only: Member | None = None,
+    ) -> T:
+        """Run ``operation`` on one member after the other until one gives an answer that counts.
+
+        :param objects: what it uses; a candidate must be able to use all of them.
+        :param logged_in: the virtual session is logged in (decides what USER_NOT_LOGGED_IN means).
+        :param need_keys: only members whose domain keys are known.
+        :raises Ckr: the application's error.
+        :raises GroupUnavailable: no member can serve this now.
+        :raises CallTimeout: two members died or hung in it.
+        """
+        attempt = _Attempt(self._roster, objects, need_keys=need_keys, only=only, patience=self._patience)
+        while True:
+            member = attempt.next_member()
+            life = member.life
+            again: Ckr | None = None
+            try:
+                if life is None:  # it failed between being chosen and now
+                    continue
+                try:
+                    return operation(life, [item.handle(member, life) for item in objects])
+                except Ckr as error:
+                    again = error
+                except DeadlinePassed as error:
+                    self._roster.timed_out(member, life)
+                    attempt.died(member, error)
+                except CONNECTION_LOST as error:
+                    self._roster.lost(member, life, str(error))
+                    attempt.died(member, error)
+                except Missing:
+                    for item in objects:
+                        item.missing(member)
+                    attempt.not_there(member)
+            finally:
+                self._roster.done(member)
+            if again is not None:
+                authenticate = any(item.always_authenticate for item in objects)
+                verdict = classify(
+                    again.rv, member.config.errors, logged_in=logged_in, always_authenticate=authenticate
+                )
+                attempt.answered(member, life, again, verdict, mechanism)
+
+
+class _Attempt:
+    """What one call has learnt so far."""
+
+    def __init__(
+        self, roster: Roster, objects: Sequence[Usable], *, need_keys: bool, only: Member | None, patience: float
+    ) -> None:
+        self._roster = roster
+        self._objects = objects
+        self._need_keys = need_keys
+        self._only = only
+        self._patience = patience
+        self._started: float | None = None
+        self._tried: set[str] = set()
+        self._refound: set[str] = set()
+        self._deaths = 0
+        self._answer: Ckr | None = None
+        self._ambiguous = False
+        self._overloaded = False
+
+    def next_member(self) -> Member:
+        while True:
+            candidates = [member for member in self._roster.members.values() if self._can(member)]
+            member = self._roster.pick(candidates) if candidates else None
+            if member is not None:
+                return member
+            self._none_left()
+
+    def _can(self, member: Member) -> bool:
+        if not member.serving or member.name in self._tried:
+            return False
+        if self._only is not None and member is not self._only:
+            return False
+        if self._need_keys and (member.life is None or member.life.keys is None):
+            return False
+        return all(item.on(member) for item in self._objects)
+
+    def _none_left(self) -> None:
+        """Nobody to ask: the answer that we have, or a bounded wait for a member that is about to come."""
+        if self._answer is not None and not self._overloaded:
+            raise self._answer
+        now = time.monotonic()
+        if self._started is None:
+            self._started = now
+        left = self._started + self._patience - now
+        if self._overloaded and left > 0:
+            time.sleep(_OVERLOAD_PAUSE)
+            self._tried.clear()
+            self._overloaded = False
+            return
+        if self._answer is not None:
+            raise self._answer
+
+        def somebody() -> bool:
+            return any(self._can(member) for member in self._roster.members.values()) or not self._roster.may_come()
+
+        if left > 0 and self._roster.may_come():
+            self._roster.wake()
+            self._roster.wait_for_change(left, somebody)
+            if any(self._can(member) for member in self._roster.members.values()):
+                return
+        raise GroupUnavailable(f"no member can serve this call now: {self._why()}")
+
+    def _why(self) -> str:
+        parts = []
+        for member in self._roster.members.values():
+            state = member.state.value
+            if member.serving and member.name in self._tried:
+                state = "failed in this call"
+            elif member.serving:
+                state = "does not have the object in its present state"
+            elif member.reason:
+                state = f"{state} ({member.reason})"
+            parts.append(f"{member.name} {state}")
+        return ", ".join(parts) or "the group has no members"
+
+    def died(self, member: Member, error: Exception) -> None:
+        self._tried.add(member.name)
+        self._deaths += 1
+        if self._deaths >= _MOST_DEATHS:
+            raise CallTimeout(f"two members died or did not answer in this call, a third is not asked: {error}")
+
+    def not_there(self, member: Member) -> None:
+        self._tried.add(member.name)
+        if self._answer is None:
+            self._answer = Ckr(CKR.OBJECT_HANDLE_INVALID, "C_FindObjects")
+
+    def answered(self, member: Member, life: Life | None, error: Ckr, verdict: Verdict, mechanism: int | None) -> None:
+        """Decide on what a member returned: raise the application's error, or go on elsewhere."""
+        assert life is not None
+        if verdict is Verdict.APPLICATION:
+            raise error
+        if verdict is Verdict.STALE_HANDLE and member.name not in self._refound:
+            self._refound.add(member.name)
+            for item in self._objects:
+                item.forget(member, life)
+            return
+        self._tried.add(member.name)
+        if verdict in (Verdict.MEMBER_FAILED, Verdict.SESSION_LOST, Verdict.LIBRARY_RESET):
+            self._roster.lost(member, life, str(error))
+            if verdict is not Verdict.MEMBER_FAILED:
+                self._tried.discard(member.name)  # it may come back within this call, once
+                if member.name in self._refound:
+                    self._tried.add(member.name)
+                self._refound.add(member.name)
+        elif verdict is Verdict.QUARANTINE:
+            self._roster.quarantine(member, str(error))
+        elif verdict is Verdict.OVERLOAD:
+            self._overloaded = True
+            self._answer = error
+        elif verdict is Verdict.AMBIGUOUS:
+            if self._ambiguous:
+                raise error
+            self._ambiguous = True
+            self._answer = error
+        elif verdict is Verdict.CAPABILITY:
+            self._answer = error
+            if mechanism is not None and mechanism in life.mechanisms:
+                for item in self._objects:
+                    item.suspect_replica(member)
+        else:  # a handle that stays stale
+            for item in self._objects:
+                item.missing(member)
+            self.not_there(member)

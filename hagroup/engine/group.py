@@ -1,0 +1,243 @@
+"""The group in one process: puts the parts of the engine together, and keeps what lives with the process."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+
+from hagroup.config.logging import get_logger
+from hagroup.config.model import GroupConfig
+from hagroup.core.clock import Clock
+from hagroup.core.records import Membership
+from hagroup.engine.access import Access
+from hagroup.engine.api import MemberSlot, VirtualToken
+from hagroup.engine.calls import Caller
+from hagroup.engine.change import Changer
+from hagroup.engine.create import Maker
+from hagroup.engine.member import Life
+from hagroup.engine.objects import Repairs, SessionObject, TokenObject
+from hagroup.engine.replicate import Replicator
+from hagroup.engine.replication import Replication
+from hagroup.engine.roster import Roster
+from hagroup.engine.session import VirtualSession
+from hagroup.engine.supervisor import Supervisor
+from hagroup.engine.view import View
+from hagroup.errors import GroupUnavailable
+from hagroup.journal.api import Journal
+from hagroup.journal.mirror import Mirror
+from hagroup.members.api import MechanismInfo
+
+log = get_logger(__name__)
+
+CKF_RNG, CKF_LOGIN_REQUIRED, CKF_USER_PIN_INITIALIZED = 0x1, 0x4, 0x8
+CKF_RESTORE_KEY_NOT_NEEDED, CKF_TOKEN_INITIALIZED = 0x20, 0x400
+_ALWAYS = CKF_RNG | CKF_LOGIN_REQUIRED | CKF_USER_PIN_INITIALIZED | CKF_TOKEN_INITIALIZED | CKF_RESTORE_KEY_NOT_NEEDED
+_NEVER = 0x10000 | 0x20000 | 0x40000 | 0x80000 | 0x100000 | 0x200000 | 0x400000 | 0x800000 | 0x100
+"""PIN counters are each member's own affair; there is no protected authentication path through a group."""
+
+_groups: weakref.WeakSet[GroupEngine] = weakref.WeakSet()
+
+
+class GroupEngine:
+    """Implements :class:`hagroup.engine.api.Group`."""
+
+    def __init__(self, config: GroupConfig, journal: Journal, clock: Clock) -> None:
+        self.config = config
+        self.journal = journal
+        self.clock = clock
+        self.view = View(journal, serve_offline=config.journal.offline_serving == "allow")
+        self.roster = Roster(config, journal, self.view, clock)
+        self.caller = Caller(self.roster)
+        self.replicator = Replicator(self.roster, self.view, journal)
+        self.supervisor = Supervisor(self.roster, self.view, journal, self.replicator, clock)
+        self.access = Access(self.roster, self._logged_out)
+        self.mirror = None if config.journal.mirror is None else Mirror(config.journal.mirror)
+        self.replication = Replication(self)
+        self.maker = Maker(self)
+        self.changer = Changer(self)
+        self._repairs = Repairs(missing=self.supervisor.report_missing, prove=self.supervisor.report_doubtful)
+        self._timeout = config.timeouts.call
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._sessions: dict[int, VirtualSession] = {}
+        self._session_objects: dict[bytes, SessionObject] = {}
+        self._pid = os.getpid()
+        self._closed = False
+        self.roster.wake = self.supervisor.wake
+        _groups.add(self)
+        self.supervisor.start()
+
+    # -- what it is ----------------------------------------------------------------------------------------
+    @property
+    def label(self) -> str:
+        return self.view.group.label
+
+    @property
+    def serial(self) -> str:
+        return self.view.group.serial
+
+    def _lives(self) -> list[Life]:
+        """Connected active members; waits, within a call's bound, for the first one."""
+        self.follow()
+        lives = self._serving_lives()
+        if not lives:
+            self.supervisor.wake()
+            self.roster.wait_for_change(
+                self._timeout * 2, lambda: bool(self._serving_lives()) or not self.roster.may_come()
+            )
+            lives = self._serving_lives()
+        return lives
+
+    def _serving_lives(self) -> list[Life]:
+        members = [member for member in self.roster.serving() if member.life is not None]
+        active = [member for member in members if not member.standby] or members
+        return [member.life for member in active if member.life is not None]
+
+    def token(self) -> VirtualToken:
+        lives = self._lives()
+        flags = -1
+        for life in lives:
+            flags &= life.token.flags
+        flags = _ALWAYS | (flags & ~_NEVER if lives else 0)
+        return VirtualToken(
+            label=self.label,
+            serial=self.serial,
+            manufacturer="hagroup",
+            model="HA group",
+            flags=flags,
+            hardware_version=(1, 0),
+            firmware_version=(1, 0),
+        )
+
+    def mechanisms(self) -> Mapping[int, MechanismInfo]:
+        lives = self._lives()
+        if not lives:
+            raise GroupUnavailable("no member is connected: the group's mechanisms are not known now")
+        common = set.intersection(*(set(life.mechanisms) for life in lives))
+        result = {}
+        for number in common:
+            infos = [life.mechanisms[number] for life in lives]
+            flags = -1
+            for info in infos:
+                flags &= info.flags
+            result[number] = MechanismInfo(
+                max(info.min_key for info in infos), min(info.max_key for info in infos), flags
+            )
+        return result
+
+    def member_slots(self) -> Sequence[MemberSlot]:
+        if self.config.group.ha_only:
+            return []
+        self._lives()
+        slots = []
+        for member in self.roster.members.values():
+            life = member.life
+            if life is None:
+                continue
+            token = VirtualToken(
+                label=life.token.label,
+                serial=life.token.serial,
+                manufacturer=life.token.manufacturer,
+                model=life.token.model,
+                flags=life.token.flags,
+                hardware_version=life.token.hardware_version,
+                firmware_version=life.token.firmware_version,
+            )
+            slots.append(MemberSlot(name=member.name, token=token, mechanisms=life.mechanisms))
+        return slots
+
+    def follow(self) -> None:
+        """Before every operation: drop what others changed (DESIGN.md 4.5)."""
+        self.view.refresh()
+        self.roster.follow_journal()
+
+    # -- sessions and objects ------------------------------------------------------------------------------
+    def open_session(self, *, rw: bool) -> VirtualSession:
+        session = VirtualSession(self, next(self._numbers), rw=rw)
+        with self._lock:
+            self._sessions[session.id] = session
+        return session
+
+    def sessions(self) -> list[VirtualSession]:
+        return list(self._sessions.values())
+
+    def login_state(self) -> int | None:
+        return self.access.who
+
+    def object(self, uid: bytes) -> TokenObject | SessionObject | None:
+        item = self._session_objects.get(uid)
+        if item is not None:
+            return item
+        found = self.view.object(uid)
+        return None if found is None else TokenObject(found, self._repairs, self._timeout)
+
+    def session_objects(self) -> list[SessionObject]:
+        return list(self._session_objects.values())
+
+    def keep_session_object(self, item: SessionObject) -> None:
+        with self._lock:
+            self._session_objects[item.uid] = item
+
+    def end_session_object(self, item: SessionObject) -> None:
+        with self._lock:
+            self._session_objects.pop(item.uid, None)
+        self.roster.submit(item.end)
+
+    def session_closed(self, session: VirtualSession) -> None:
+        with self._lock:
+            self._sessions.pop(session.id, None)
+        for item in self.session_objects():
+            if item.owner == session.id:
+                self.end_session_object(item)
+
+    def _logged_out(self) -> None:
+        for item in self.session_objects():
+            if item.private:
+                self.end_session_object(item)
+
+    # -- life ----------------------------------------------------------------------------------------------
+    def degraded(self) -> bool:
+        admitted = [m for m in self.view.members.values() if m.membership is Membership.ADMITTED]
+        return len(self.roster.serving()) < len(admitted)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.supervisor.stop()
+        self.roster.tasks.shutdown(wait=True, cancel_futures=False)
+        self.roster.close()
+        self.journal.close()
+        _groups.discard(self)
+
+    def renew_after_fork(self) -> None:
+        """In the child: the parent's workers, sockets, journal connection and locks are not ours (DESIGN.md 3)."""
+        if self._closed:
+            return
+        for member in self.roster.members.values():
+            if member.life is not None:
+                with contextlib.suppress(Exception):
+                    member.life.connection.abandon_after_fork()
+        self._lock = threading.Lock()
+        self.journal.reopen_after_fork()
+        self.view.renew_after_fork()
+        self.roster.renew_after_fork()
+        self.access.renew_after_fork()
+        for item in self._session_objects.values():
+            item.renew_after_fork()
+        self.supervisor = Supervisor(self.roster, self.view, self.journal, self.replicator, self.clock)
+        self._repairs = Repairs(missing=self.supervisor.report_missing, prove=self.supervisor.report_doubtful)
+        self.roster.wake = self.supervisor.wake
+        self.supervisor.start()
+
+
+def _child() -> None:
+    for group in list(_groups):
+        group.renew_after_fork()
+
+
+os.register_at_fork(after_in_child=_child)

@@ -1,0 +1,176 @@
+"""The manifest on each member (DESIGN.md 4.6): what the token itself knows of the group and of its own progress.
+
+It tells a journal that was restored (the token has seen more than the journal announced) from a token that was
+restored (it has seen less than it confirmed), which no row in the journal can.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from hagroup.config.logging import get_logger
+from hagroup.core.attributes import CKA, CKO, pack_bool, pack_ulong
+from hagroup.core.calls import Ckr, Handle, Template
+from hagroup.core.ckr import CKR
+from hagroup.core.records import GroupRecord, MemberRecord, Membership
+from hagroup.engine.domain import DomainKeys, IntegrityAlarm, open_data, seal_data
+from hagroup.engine.member import Life, Member
+from hagroup.engine.view import View
+from hagroup.errors import JournalMismatch
+from hagroup.journal.api import Journal
+from hagroup.members.api import Connection
+
+log = get_logger(__name__)
+
+APPLICATION = b"hagroup"
+LABEL = b"hagroup:manifest:"
+PURPOSE = b"manifest"
+
+
+class OtherGroup(Exception):
+    """The token belongs to another hagroup group."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What is sealed on the member."""
+
+    group: str
+    """The group's serial number."""
+    label: str
+    epoch: str
+    members: dict[str, str]
+    """Name to serial number, as of the newest manifest."""
+    low: int
+    """Every change up to here is finished on this member."""
+    high: int
+    """Newest tombstone or attribute change that was begun here."""
+
+
+def _template(manifest: Manifest, sealed: bytes) -> Template:
+    return [
+        (CKA.CLASS, pack_ulong(CKO.DATA)),
+        (CKA.TOKEN, pack_bool(True)),
+        (CKA.PRIVATE, pack_bool(True)),
+        (CKA.APPLICATION, APPLICATION),
+        (CKA.LABEL, LABEL + f"{manifest.high:016x}:{manifest.low:016x}".encode()),
+        (CKA.VALUE, sealed),
+    ]
+
+
+def _stored(connection: Connection, *, timeout: float) -> list[tuple[bytes, Handle]]:
+    """(label, handle) of the manifests on the token, newest first; objects that cannot be read are passed over."""
+    template: Template = [(CKA.CLASS, pack_ulong(CKO.DATA)), (CKA.APPLICATION, APPLICATION)]
+    found = []
+    for handle in connection.find(template, timeout=timeout):
+        try:
+            values, _ = connection.get(handle, [CKA.LABEL], timeout=timeout)
+        except Ckr as error:
+            if error.rv != CKR.OBJECT_HANDLE_INVALID:
+                raise
+            continue
+        label = values.get(CKA.LABEL, b"")
+        if label.startswith(LABEL):
+            found.append((label, handle))
+    return sorted(found, reverse=True)
+
+
+def read(connection: Connection, keys: DomainKeys, *, timeout: float) -> Manifest | None:
+    """The highest authentic manifest on the token; None: there is none."""
+    best: Manifest | None = None
+    for _, handle in _stored(connection, timeout=timeout):
+        values, _ = connection.get(handle, [CKA.VALUE], timeout=timeout)
+        try:
+            data = open_data(connection, keys, PURPOSE, values.get(CKA.VALUE, b""), timeout=timeout)
+            found = msgspec.msgpack.decode(data, type=Manifest)
+        except (IntegrityAlarm, msgspec.DecodeError):
+            continue
+        if best is None or (found.high, found.low) > (best.high, best.low):
+            best = found
+    return best
+
+
+def write(connection: Connection, keys: DomainKeys, manifest: Manifest, *, timeout: float) -> None:
+    """Put the new one there, then destroy lower ones: at every instant one can be read."""
+    sealed = seal_data(connection, keys, PURPOSE, msgspec.msgpack.encode(manifest), timeout=timeout)
+    template = _template(manifest, sealed)
+    connection.create(template, timeout=timeout)
+    mine = bytes(dict(template)[CKA.LABEL])
+    stored = _stored(connection, timeout=timeout)
+    kept = False
+    for label, handle in stored:
+        if label > mine or (label == mine and not kept):
+            kept = kept or label == mine
+            continue
+        try:
+            connection.destroy(handle, timeout=timeout)
+        except Ckr as error:
+            if error.rv != CKR.OBJECT_HANDLE_INVALID:  # another process tidied up first
+                raise
+
+
+def compose(group: GroupRecord, members: dict[str, MemberRecord], *, low: int, high: int) -> Manifest:
+    return Manifest(
+        group=group.serial,
+        label=group.label,
+        epoch=group.epoch,
+        members={name: member.serial for name, member in members.items()},
+        low=low,
+        high=high,
+    )
+
+
+def raise_high(view: View, member: Member, life: Life, change: int, *, timeout: float) -> None:
+    """Before a tombstone or attribute change numbered ``change`` is executed on a member: its manifest shows it."""
+    assert life.keys is not None
+    with member.manifest_lock:
+        if life.manifest_high >= change:
+            return
+        record = view.members[member.name]
+        manifest = compose(view.group, view.members, low=record.low, high=change)
+        write(life.connection, life.keys, manifest, timeout=timeout)
+        life.manifest_high = change
+
+
+def check(journal: Journal, view: View, member: Member, life: Life, *, timeout: float) -> None:
+    """On connecting: what the token's manifest says against what the journal says.
+
+    :raises OtherGroup: the token belongs to another group.
+    :raises JournalMismatch: the token has seen changes that this journal never announced: the *journal* was restored
+        or copied; nothing may be changed or repaired by it.
+    """
+    assert life.keys is not None
+    record = view.members[member.name]
+    found = read(life.connection, life.keys, timeout=timeout)
+    if found is None:
+        if record.membership is Membership.ADMITTED:
+            _resync(journal, member, "its token shows no manifest: it was emptied or replaced")
+        return
+    life.manifest_high = found.high
+    if found.group != view.group.serial:
+        raise OtherGroup(
+            f'member "{member.name}" belongs to group {found.label} ({found.group}), not to {view.group.label} '
+            f"({view.group.serial}); remove it there first"
+        )
+    if found.epoch != view.group.epoch:
+        if found.epoch > view.group.epoch:
+            raise _behind(member, f"epoch {found.epoch} instead of {view.group.epoch}")
+        _resync(journal, member, "its token is of an older epoch of the group")
+    elif found.high > record.announced:
+        fresh = {m.name: m for m in journal.members()}.get(member.name)
+        if fresh is None or found.high > fresh.announced:
+            raise _behind(member, f"change {found.high}, the journal announced {record.announced}")
+    elif found.high < record.confirmed:
+        _resync(journal, member, f"its token was restored: shows change {found.high} after {record.confirmed}")
+
+
+def _resync(journal: Journal, member: Member, why: str) -> None:
+    log.error("member.token-restored", member=member.name, reason=why)
+    journal.update_member(member.name, membership=Membership.OUT_OF_SYNC, reason=why)
+    journal.event("alarm", why, member=member.name)
+
+
+def _behind(member: Member, what: str) -> JournalMismatch:
+    return JournalMismatch(
+        f'member "{member.name}" has seen {what}: this journal is older than the group (restored or copied); '
+        "no change is made until `ha-admin recover` has reconciled it with the members"
+    )

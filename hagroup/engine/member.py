@@ -1,0 +1,88 @@
+"""One member as this process sees and uses it: its state, and the life of its present connection."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from hagroup.config.model import MemberConfig
+from hagroup.core.states import Event, State, next_state
+from hagroup.engine.domain import DomainKeys
+from hagroup.members.api import Connection, MechanismInfo, TokenInfo
+
+
+class Life:
+    """One life of a member's module, with everything that ends with it: handles above all (DESIGN.md 8, trap 10).
+
+    A call takes the life once and uses nothing of another; so a handle can never meet a later connection, where the
+    same number may name another key.
+    """
+
+    __slots__ = ("connection", "handles", "keys", "logged_in", "manifest_high", "mechanisms", "token", "worker")
+
+    def __init__(
+        self,
+        connection: Connection,
+        worker: str | None,
+        token: TokenInfo,
+        mechanisms: Mapping[int, MechanismInfo],
+    ) -> None:
+        self.connection = connection
+        self.worker = worker
+        """Lock name by which others can prove this worker dead."""
+        self.token = token
+        self.mechanisms = mechanisms
+        self.logged_in = False
+        self.keys: DomainKeys | None = None
+        """The domain's two keys; None until logged in."""
+        self.handles: dict[bytes, int] = {}
+        """UID to handle of token objects found in this life."""
+        self.manifest_high = 0
+        """Newest change number that the manifest on the token is known to show."""
+
+
+class Member:
+    """A member and what this process holds of it. ``life`` is None whenever it is not connected."""
+
+    def __init__(self, config: MemberConfig, *, rank: tuple[int, int], standby: bool) -> None:
+        self.config = config
+        self.name = config.name
+        self.state = State.JOINING
+        self.life: Life | None = None
+        self.reason: str | None = None
+        """Why it is not in service, for people."""
+        self.outstanding = 0
+        self.last_used = 0
+        self.standby = standby
+        self.rank = rank
+        self.admitted = False
+        """The journal admits it, its role serves, and it is not draining."""
+        self.failures = 0
+        """Connection attempts in a row that failed; the wait before the next one grows with it."""
+        self.next_attempt = 0.0
+        """Boot time before which no connection is tried."""
+        self.busy = False
+        """A background task (connect, probe, resync) is running for it."""
+        self.manifest_lock = threading.Lock()
+
+    def renew_after_fork(self) -> None:
+        """In the child: not connected; what stands in the way of serving for good stays."""
+        self.life = None
+        self.outstanding = 0
+        self.busy = False
+        self.failures = 0
+        self.next_attempt = 0.0
+        self.manifest_lock = threading.Lock()
+        if self.state is not State.QUARANTINED:
+            self.state = State.JOINING
+
+    @property
+    def serving(self) -> bool:
+        """May get calls now."""
+        return self.state is State.IN_SERVICE and self.admitted and self.life is not None
+
+    def happened(self, event: Event) -> bool:
+        """Apply ``event``; True when the state changed by it."""
+        before = self.state
+        self.state = next_state(before, event)
+        return self.state is not before

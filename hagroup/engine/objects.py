@@ -1,0 +1,157 @@
+"""Objects as operations use them: token objects of the journal, and session objects of this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from hagroup.core.attributes import CKA
+from hagroup.core.calls import Ckr, Handle
+from hagroup.core.ckr import CKR
+from hagroup.core.records import ObjectRecord
+from hagroup.engine import replica
+from hagroup.engine.calls import Missing
+from hagroup.engine.member import Life, Member
+from hagroup.engine.view import ObjectView
+
+
+def is_true(record: ObjectRecord, attribute: int) -> bool:
+    """A boolean attribute of the record; absent counts as false."""
+    return record.attributes.get(attribute, b"\0") not in (b"\0", b"")
+
+
+class Repairs(msgspec.Struct, frozen=True):
+    """Where an operation reports what it found wrong with a replica; both return at once."""
+
+    missing: Callable[[Member, bytes], None]
+    prove: Callable[[Member, bytes], None]
+
+
+class TokenObject:
+    """A live token object, as of one reading of the view."""
+
+    __slots__ = ("_members", "_private", "_repairs", "_timeout", "always_authenticate", "record", "uid")
+
+    def __init__(self, view: ObjectView, repairs: Repairs, timeout: float) -> None:
+        self.record = view.record
+        self.uid = view.record.uid
+        self._members = view.members
+        self._repairs = repairs
+        self._timeout = timeout
+        self._private = is_true(view.record, CKA.PRIVATE)
+        self.always_authenticate = is_true(view.record, CKA.ALWAYS_AUTHENTICATE)
+
+    def on(self, member: Member) -> bool:
+        if member.name not in self._members:
+            return False
+        return not self._private or (member.life is not None and member.life.logged_in)
+
+    def handle(self, member: Member, life: Life) -> Handle:
+        handle = life.handles.get(self.uid)
+        if handle is not None:
+            return handle
+        found = replica.locate(
+            life.connection,
+            [self.record.locator],
+            self.record.fingerprint,
+            self.record.attributes,
+            timeout=self._timeout,
+        )
+        if len(found) != 1:  # never the first of several (DESIGN.md 4.4)
+            raise Missing
+        life.handles[self.uid] = found[0]
+        return found[0]
+
+    def forget(self, member: Member, life: Life) -> None:
+        life.handles.pop(self.uid, None)
+
+    def missing(self, member: Member) -> None:
+        self._repairs.missing(member, self.uid)
+
+    def suspect_replica(self, member: Member) -> None:
+        self._repairs.prove(member, self.uid)
+
+
+class SessionObject:
+    """A session object: made on one member, sealed into memory, unwrapped on others when first needed there."""
+
+    def __init__(self, record: ObjectRecord, owner: int, *, home: str | None, timeout: float) -> None:
+        self.uid = record.uid
+        self.record = record
+        self.owner = owner
+        """Id of the virtual session that it dies with."""
+        self._home = home
+        """The one member that can have it (it could not be sealed); None: any."""
+        self._timeout = timeout
+        self._places: dict[str, tuple[Life, Handle]] = {}
+        self._lock = threading.Lock()
+        self.always_authenticate = is_true(record, CKA.ALWAYS_AUTHENTICATE)
+
+    @property
+    def private(self) -> bool:
+        return is_true(self.record, CKA.PRIVATE)
+
+    def placed(self, member: str, life: Life, handle: Handle) -> None:
+        self._places[member] = (life, handle)
+
+    def places(self) -> list[tuple[str, Life, Handle]]:
+        """Where it is now, as far as this process knows."""
+        with self._lock:
+            return [(name, life, handle) for name, (life, handle) in self._places.items()]
+
+    def _placed_in(self, member: Member, life: Life | None) -> bool:
+        place = self._places.get(member.name)
+        return place is not None and place[0] is life
+
+    def on(self, member: Member) -> bool:
+        life = member.life
+        if life is None:
+            return False
+        if self._home is not None:
+            return member.name == self._home and self._placed_in(member, life)
+        return self._placed_in(member, life) or self.record.envelope is None or life.keys is not None
+
+    def handle(self, member: Member, life: Life) -> Handle:
+        place = self._places.get(member.name)
+        if place is not None and place[0] is life:
+            return place[1]
+        with self._lock:
+            place = self._places.get(member.name)
+            if place is not None and place[0] is life:
+                return place[1]
+            if self._home is not None:
+                raise Missing
+            handle = replica.install_session(life.connection, life.keys, self.record, sid=0, timeout=self._timeout)
+            self._places[member.name] = (life, handle)
+        return handle
+
+    def forget(self, member: Member, life: Life) -> None:
+        with self._lock:
+            place = self._places.get(member.name)
+            if place is not None and place[0] is life and self._home is None:
+                del self._places[member.name]
+
+    def missing(self, member: Member) -> None:
+        """It ended with its connection; the next use makes it anew."""
+
+    def suspect_replica(self, member: Member) -> None:
+        """Nothing to repair: it is in memory."""
+
+    def renew_after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._places.clear()
+
+    def end(self) -> None:
+        """Destroy it wherever it is; a member that does not answer has lost it with its session anyway."""
+        for _, life, handle in self.places():
+            if not life.connection.alive:
+                continue
+            try:
+                life.connection.destroy(handle, timeout=self._timeout)
+            except Ckr as error:
+                if error.rv not in (CKR.OBJECT_HANDLE_INVALID, CKR.SESSION_HANDLE_INVALID, CKR.SESSION_CLOSED):
+                    raise
+        with self._lock:
+            self._places.clear()

@@ -1,0 +1,388 @@
+"""The members of this process: connecting, failing, probing, choosing. Every change of a member's state is here."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from hagroup.config.logging import get_logger
+from hagroup.config.model import GroupConfig, MemberConfig
+from hagroup.config.pins import Pin
+from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone, StaleGeneration, WorkerFault
+from hagroup.core.clock import Clock
+from hagroup.core.records import MemberRecord, Membership, Observation, Role
+from hagroup.core.selection import choose
+from hagroup.core.states import Event, State
+from hagroup.engine import manifest
+from hagroup.engine.domain import find_domain
+from hagroup.engine.login import APPLICATION, PIN_ERRORS, PinStore, log_in
+from hagroup.engine.member import Life, Member
+from hagroup.engine.view import View
+from hagroup.errors import DomainMismatch, HAError, JournalUnavailable, MemberQuarantined
+from hagroup.journal.api import Journal
+from hagroup.members import ConnectionSettings, ModuleProblem, open_connection
+from hagroup.members.api import Connection
+
+log = get_logger(__name__)
+
+CONNECTION_LOST = (MemberGone, WorkerFault, StaleGeneration)
+START_TIMEOUT = 15.0
+"""Seconds for a worker to start and its module to initialise (SoftHSM: 0.36 s with 10,000 objects)."""
+GENERATIONS = 1_000_000
+"""Room that each life has for the generations within it (a logout moves it)."""
+_BACKOFF = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+def open_life(
+    config: MemberConfig, journal: Journal | None, *, generation: int, timeout: float, serial: str | None = None
+) -> Life:
+    """Start a member's module (worker process or copy in this process) and read what it is.
+
+    :param journal: gives the lock by which others can prove the worker dead; None while there is no group yet.
+    """
+    worker, lock_file = (None, None) if journal is None else journal.worker_lock(config.name)
+    settings = ConnectionSettings(
+        name=config.name,
+        module=str(config.module),
+        env=dict(config.env),
+        token_serial=config.token_serial or serial,
+        token_label=None if config.token_serial or serial else config.token_label,
+        init_args=config.init_args,
+        lock_file=lock_file,
+    )
+    connection: Connection = open_connection(
+        settings, generation=generation, isolation=config.isolation, timeout=START_TIMEOUT
+    )
+    try:
+        token = connection.token_info(timeout=timeout)
+        return Life(connection, worker, token, connection.mechanisms(timeout=timeout))
+    except BaseException:
+        connection.kill()
+        raise
+
+
+class Roster:
+    """All members, the pool of threads that works for them, and the one lock under which their state changes."""
+
+    def __init__(self, config: GroupConfig, journal: Journal, view: View, clock: Clock) -> None:
+        self.config = config
+        self.journal = journal
+        self.view = view
+        self.clock = clock
+        self.pins = PinStore()
+        self.site: str | None = None
+        self.members: dict[str, Member] = {}
+        self.tasks = ThreadPoolExecutor(max_workers=64, thread_name_prefix="hagroup")
+        self.changed = threading.Condition()
+        """Notified at every change of a member's state."""
+        self.on_lost: Callable[[Member], None] = lambda member: None
+        self.wake: Callable[[], None] = lambda: None
+        self._generation = 0
+        self._uses = 0
+        self._moved = -1
+        self._here = threading.local()
+        self.follow_journal()
+
+    # -- membership as the journal has it ------------------------------------------------------------------
+    def follow_journal(self) -> None:
+        """Take over roles, admissions, draining and quarantine from the journal's member records."""
+        if self._moved == self.view.moved:
+            return
+        with self.changed:
+            self._moved = self.view.moved
+            configured = {member.name: member for member in self.config.members}
+            for name, record in self.view.members.items():
+                if name not in configured:
+                    continue
+                member = self.members.get(name)
+                if member is None:
+                    rank = (0, configured[name].priority)
+                    member = self.members[name] = Member(configured[name], rank=rank, standby=False)
+                self._apply(member, record)
+            for name in list(self.members):
+                if name not in self.view.members:
+                    self._end(self.members.pop(name))
+            self.changed.notify_all()
+
+    def _apply(self, member: Member, record: MemberRecord) -> None:
+        member.standby = record.role is Role.STANDBY
+        member.admitted = (
+            record.membership is Membership.ADMITTED and record.role is not Role.BACKUP and not record.draining
+        )
+        if record.membership is Membership.QUARANTINED:
+            member.reason = record.reason
+            if member.happened(Event.QUARANTINE):
+                self._end(member)
+        elif member.state is State.QUARANTINED:
+            member.happened(Event.RELEASE)
+            member.next_attempt = 0.0
+            self.wake()
+        elif record.membership is not Membership.ADMITTED:
+            member.happened(Event.NOT_ADMITTED)
+        elif member.state is State.RESYNCING:
+            member.happened(Event.ADMITTED)
+
+    # -- choosing ------------------------------------------------------------------------------------------
+    def serving(self) -> list[Member]:
+        return [member for member in self.members.values() if member.serving]
+
+    def pick(self, candidates: list[Member]) -> Member | None:
+        """Choose, and count the call as outstanding there; give it back with :meth:`done`."""
+        last: Member | None = getattr(self._here, "last", None)
+        with self.changed:
+            member = choose(candidates, last)
+            if member is not None:
+                member.outstanding += 1
+                self._uses += 1
+                member.last_used = self._uses
+        self._here.last = member
+        return member
+
+    def done(self, member: Member) -> None:
+        with self.changed:
+            member.outstanding -= 1
+
+    def wait_for_change(self, timeout: float, unless: Callable[[], bool]) -> bool:
+        """Wait until a member's state changes so that ``unless`` holds. False: it did not in ``timeout`` seconds."""
+        with self.changed:
+            return self.changed.wait_for(unless, timeout)
+
+    def may_come(self) -> bool:
+        """Some member is being connected, probed or resynced now: worth waiting for, within a call's bound."""
+        now = self.clock.boot()
+        return any(
+            (member.busy and not member.serving) or (member.state in (State.JOINING, State.FAILED) and member.next_attempt <= now)
+            for member in self.members.values()
+        )
+
+    # -- losing --------------------------------------------------------------------------------------------
+    def lost(self, member: Member, life: Life, why: str) -> None:
+        """The connection ended, or the member reported that it is broken: not used again in this life."""
+        with self.changed:
+            if member.life is not life:
+                return
+            member.life = None
+            member.reason = why
+            member.happened(Event.LOST)
+            member.next_attempt = self.clock.boot() + _BACKOFF[min(member.failures, len(_BACKOFF) - 1)]
+            self.changed.notify_all()
+        log.warning("member.failed", member=member.name, reason=why)
+        self.submit(self._kill_when_idle, life)
+        self.submit(self._publish, member, False, why)
+        self.on_lost(member)
+        self.wake()
+
+    def timed_out(self, member: Member, life: Life) -> None:
+        """A deadline passed: suspect, until a probe on a session of its own has answered or not."""
+        with self.changed:
+            if member.life is not life or not member.happened(Event.TIMEOUT):
+                return
+            self.changed.notify_all()
+        self.submit(self.probe, member, life)
+
+    def probe(self, member: Member, life: Life) -> bool:
+        """One heartbeat. Serial number changed: another token behind the same address."""
+        try:
+            token = life.connection.probe(timeout=self.config.timeouts.probe)
+        except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
+            self.lost(member, life, f"probe: {error}")
+            return False
+        if token.serial != life.token.serial:
+            self.quarantine(member, f"shows serial number {token.serial}, not {life.token.serial}: another token")
+            return False
+        with self.changed:
+            member.happened(Event.PROBE_OK)
+            self.changed.notify_all()
+        return True
+
+    def quarantine(self, member: Member, why: str) -> None:
+        """Out of use in the whole group until a person acts (``ha-admin member resume``)."""
+        with self.changed:
+            member.reason = why
+            member.happened(Event.QUARANTINE)
+            self._end(member)
+            self.changed.notify_all()
+        log.error("member.quarantined", member=member.name, reason=why)
+        try:
+            self.journal.update_member(member.name, membership=Membership.QUARANTINED, reason=why)
+            self.journal.event("member quarantined", why, member=member.name)
+        except JournalUnavailable as error:
+            log.error("journal.unavailable", error=str(error))
+
+    def _end(self, member: Member) -> None:
+        life, member.life = member.life, None
+        if life is not None:
+            self.submit(self._kill_when_idle, life)
+
+    def _kill_when_idle(self, life: Life) -> None:
+        """Kill a worker once no other call is inside its own deadline: a 50 s key generation is not a hang."""
+        connection = life.connection
+        if connection.alive:
+            deadlines = connection.outstanding()
+            if deadlines:
+                time.sleep(max(0.0, max(deadlines) - time.monotonic()))
+        connection.kill()
+
+    def _publish(self, member: Member, ok: bool, kind: str) -> None:
+        observation = Observation(
+            member=member.name,
+            observer=self.journal.owner,
+            site=self.site,
+            ok=ok,
+            kind=kind,
+            boot_time=self.clock.boot(),
+        )
+        try:
+            self.journal.observe([observation])
+        except JournalUnavailable as error:
+            log.warning("journal.unavailable", error=str(error))
+
+    # -- connecting ----------------------------------------------------------------------------------------
+    def due(self) -> list[Member]:
+        """Members that the supervisor should connect now."""
+        now = self.clock.boot()
+        with self.changed:
+            return [
+                member
+                for member in self.members.values()
+                if member.state in (State.JOINING, State.FAILED) and not member.busy and member.next_attempt <= now
+            ]
+
+    def next_due(self) -> float | None:
+        """Boot time of the next connection attempt; None: none is waiting."""
+        with self.changed:
+            times = [m.next_attempt for m in self.members.values() if m.state in (State.JOINING, State.FAILED)]
+        return min(times, default=None)
+
+    def connect(self, member: Member) -> bool:
+        """Start, check and log in to one member; leaves it in service, resyncing, failed or quarantined."""
+        with self.changed:
+            if member.busy or not member.happened(Event.CONNECT):
+                return False
+            member.busy = True
+            self._generation += 1
+            generation = self._generation * GENERATIONS
+        life: Life | None = None
+        try:
+            record = self.view.members[member.name]
+            life = open_life(
+                member.config,
+                self.journal,
+                generation=generation,
+                timeout=self.config.timeouts.call,
+                serial=record.serial,
+            )
+            self._check(member, life)
+        except (MemberQuarantined, DomainMismatch, manifest.OtherGroup) as error:
+            self._drop(life)
+            self.quarantine(member, str(error))
+        except (Ckr, DeadlinePassed, ModuleProblem, HAError, *CONNECTION_LOST) as error:
+            self._drop(life)
+            self._not_connected(member, str(error))
+        except BaseException as error:
+            self._drop(life)
+            self._not_connected(member, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            with self.changed:
+                member.busy = False
+                self.changed.notify_all()
+            self.wake()
+        return member.life is not None
+
+    def _check(self, member: Member, life: Life) -> None:
+        record = self.view.members[member.name]
+        if record.serial and life.token.serial != record.serial:
+            raise MemberQuarantined(
+                f'member "{member.name}" shows serial number {life.token.serial}, not {record.serial}: another token'
+            )
+        for other in self.members.values():
+            if other is not member and other.life is not None and other.life.token.serial == life.token.serial:
+                raise MemberQuarantined(f'members "{member.name}" and "{other.name}" show one serial number')
+        known = self.pins.for_member(member.config)
+        if known is not None:
+            self.log_in(member, life, *known)
+        self._enter(member, life)
+
+    def _enter(self, member: Member, life: Life) -> None:
+        with self.changed:
+            member.life = life
+            member.reason = None
+            member.failures = 0
+            admitted = self.view.members[member.name].membership is Membership.ADMITTED
+            member.happened(Event.CHECKED if admitted else Event.NOT_ADMITTED)
+            self.changed.notify_all()
+        log.info("member.connected", member=member.name, state=member.state.value)
+        self.submit(self._publish, member, True, "connected")
+
+    def _not_connected(self, member: Member, why: str) -> None:
+        with self.changed:
+            member.happened(Event.LOST)
+            member.reason = why
+            member.failures += 1
+            member.next_attempt = self.clock.boot() + _BACKOFF[min(member.failures, len(_BACKOFF) - 1)]
+            self.changed.notify_all()
+        log.warning("member.unreachable", member=member.name, reason=why, attempt=member.failures)
+
+    def _drop(self, life: Life | None) -> None:
+        if life is not None:
+            life.connection.kill()
+
+    def log_in(self, member: Member, life: Life, pin: Pin, source: str, stamp: str) -> None:
+        """Log in to one member and check its domain keys and manifest.
+
+        :raises MemberQuarantined: its PIN was refused, and another one's was not; or it must not be tried.
+        """
+        timeout = self.config.timeouts.call
+        try:
+            log_in(self.journal, member, life, pin, source, stamp, timeout=timeout)
+        except Ckr as error:
+            if error.rv in PIN_ERRORS:
+                raise MemberQuarantined(f'member "{member.name}": PIN differs ({source}): {error}') from error
+            raise
+        self.pins.accepted(member.name, pin, application=source == APPLICATION)
+        self.find_keys(member, life)
+
+    def find_keys(self, member: Member, life: Life) -> None:
+        """After a login: the domain's keys, and what the member's manifest says (DESIGN.md 4.6)."""
+        group = self.view.group
+        life.keys = find_domain(
+            life.connection,
+            group.domain_key_id,
+            group.partition_key_id,
+            member.config.wrap_mechanism,
+            timeout=self.config.timeouts.call,
+        )
+        manifest.check(self.journal, self.view, member, life, timeout=self.config.timeouts.call)
+
+    # -- background ----------------------------------------------------------------------------------------
+    def renew_after_fork(self) -> None:
+        """In the child: no thread, no connection and no lock of the parent's is ours."""
+        self.changed = threading.Condition()
+        self.tasks = ThreadPoolExecutor(max_workers=64, thread_name_prefix="hagroup")
+        self._here = threading.local()
+        for member in self.members.values():
+            member.renew_after_fork()
+
+    def submit(self, function: Callable[..., object], *args: object) -> Future[object]:
+        """Run in the background; what it raises is logged, never lost."""
+
+        def guarded() -> object:
+            try:
+                return function(*args)
+            except JournalUnavailable as error:
+                log.warning("journal.unavailable", error=str(error))
+            except Exception:
+                log.exception("background task failed", task=getattr(function, "__name__", str(function)))
+            return None
+
+        return self.tasks.submit(guarded)
+
+    def close(self, members: Iterable[Member] | None = None) -> None:
+        """End the connections in an orderly way."""
+        for member in list(members if members is not None else self.members.values()):
+            life, member.life = member.life, None
+            if life is not None:
+                life.connection.close()

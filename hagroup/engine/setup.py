@@ -1,0 +1,247 @@
+"""Creating a group (DESIGN.md 5): the cloning domain on every member, the journal, the manifests.
+
+Everything that can be refused is refused before anything is changed; what fails in the middle is taken back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from hagroup.config.logging import get_logger
+from hagroup.config.model import GroupConfig, MemberConfig, SqliteUrl
+from hagroup.config.pins import Pin
+from hagroup.config.write import set_group_serial
+from hagroup.core.attributes import CKA, CKM, CKO, pack_bool, pack_ulong, unpack_bool
+from hagroup.core.calls import Ckr, DeadlinePassed, Template
+from hagroup.core.clock import Clock
+from hagroup.core.records import MemberRecord, Membership
+from hagroup.engine import domain, manifest
+from hagroup.engine.login import CKU_SO, CKU_USER, PIN_ERRORS
+from hagroup.engine.member import Life
+from hagroup.engine.roster import CONNECTION_LOST, open_life
+from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable, HAError
+from hagroup.journal import SqliteJournal, open_journal
+from hagroup.members import ModuleProblem
+
+log = get_logger(__name__)
+
+NEEDED = (CKM.AES_KEY_GEN, CKM.AES_GCM, CKM.RSA_PKCS_KEY_PAIR_GEN, CKM.RSA_PKCS_OAEP, CKM.SHA256)
+"""Mechanisms without which a member cannot take part; its wrap mechanism comes on top."""
+
+
+def create_group(
+    config: GroupConfig, pins: Mapping[str, Pin], so_pin: Pin, *, sealed: bool, clock: Clock
+) -> str:
+    """Make the group. Returns its serial number, which was also written into the configuration.
+
+    :param pins: user PIN of each member.
+    :param so_pin: SO PIN of the first member, which speaks for the others' joining.
+    :raises ConfigurationError: a member cannot take part; nothing was changed.
+    :raises DomainMismatch: members belong to different cloning domains already; nothing was changed.
+    """
+    if not isinstance(config.journal.url, SqliteUrl):
+        raise ConfigurationError(f"{config.path}: [journal] url {config.journal.url}: this is not a journal on this host")
+    timeout = config.timeouts.generate
+    lives: dict[str, Life] = {}
+    try:
+        _open_all(config, pins, lives, timeout=timeout)
+        _check(config, lives, timeout=timeout)
+        keys = _domain(config, lives, so_pin, sealed=sealed, timeout=timeout)
+        return _record(config, lives, keys, clock, timeout=timeout)
+    finally:
+        for life in lives.values():
+            life.connection.close()
+
+
+def _open_all(config: GroupConfig, pins: Mapping[str, Pin], lives: dict[str, Life], *, timeout: float) -> None:
+    def start(member: MemberConfig) -> Life:
+        try:
+            return open_life(member, None, generation=1, timeout=timeout)
+        except (Ckr, DeadlinePassed, ModuleProblem, HAError, *CONNECTION_LOST) as error:
+            raise GroupUnavailable(f'member "{member.name}" cannot be used: {error}; nothing was changed') from error
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        started = {member.name: pool.submit(start, member) for member in config.members}
+    errors = [future.exception() for future in started.values() if future.exception() is not None]
+    lives.update({name: future.result() for name, future in started.items() if future.exception() is None})
+    for error in errors:
+        assert error is not None
+        raise error
+    for member in config.members:  # one after the other: a wrong PIN must not be tried on a second member
+        try:
+            lives[member.name].connection.login(CKU_USER, pins[member.name].reveal(), timeout=timeout)
+        except Ckr as error:
+            if error.rv in PIN_ERRORS:
+                raise ConfigurationError(
+                    f'member "{member.name}" refused its user PIN ({error}); no other member was tried after it and '
+                    "nothing was changed"
+                ) from error
+            raise GroupUnavailable(f'member "{member.name}": {error}; nothing was changed') from error
+        lives[member.name].logged_in = True
+
+
+def _check(config: GroupConfig, lives: Mapping[str, Life], *, timeout: float) -> None:
+    serials: dict[str, str] = {}
+    for member in config.members:
+        life = lives[member.name]
+        other = serials.setdefault(life.token.serial, member.name)
+        if other != member.name:
+            raise ConfigurationError(
+                f'{config.path}: members "{other}" and "{member.name}" are one token (serial number '
+                f"{life.token.serial}); give each its own module, env or token_serial; nothing was changed"
+            )
+        missing = [name for name in (*NEEDED, member.wrap_mechanism) if name not in life.mechanisms]
+        if missing:
+            names = ", ".join(f"0x{int(number):x}" for number in missing)
+            raise ConfigurationError(
+                f'member "{member.name}" lacks mechanisms that replication needs ({names}); nothing was changed'
+            )
+    if isinstance(config.journal.url, SqliteUrl) and config.journal.url.path.exists():
+        raise ConfigurationError(
+            f"{config.path}: the journal {config.journal.url.path} exists already; it belongs to a group; name another "
+            "file in [journal] url, or remove it if that group is gone for good; nothing was changed"
+        )
+
+
+def _domain(
+    config: GroupConfig, lives: Mapping[str, Life], so_pin: Pin, *, sealed: bool, timeout: float
+) -> dict[str, domain.DomainKeys]:
+    """The same two keys on every member: those that members hold already, or new ones."""
+    present: dict[str, domain.DomainKeys] = {}
+    for member in config.members:
+        held = domain.held_keys(lives[member.name].connection, member.wrap_mechanism, timeout=timeout)
+        if held is not None:
+            present[member.name] = held
+    names = list(present)
+    for name in names[1:]:
+        try:
+            domain.challenge(
+                lives[names[0]].connection, present[names[0]], lives[name].connection, present[name], timeout=timeout
+            )
+        except DomainMismatch as error:
+            raise DomainMismatch(
+                f'members "{names[0]}" and "{name}" hold keys of different cloning domains: {error}; nothing was changed'
+            ) from error
+    newcomers = [member for member in config.members if member.name not in present]
+    if not newcomers:
+        return present
+    made: list[str] = []
+    try:
+        if not present:
+            first = newcomers.pop(0)
+            made.append(first.name)
+            present[first.name] = domain.generate_domain(
+                lives[first.name].connection, first.wrap_mechanism, sealed=False, timeout=timeout
+            )
+        if newcomers:
+            source = next(member for member in config.members if member.name in present)
+            officer = _officer(source, lives[source.name], so_pin, timeout=timeout)
+            try:
+                for member in newcomers:
+                    made.append(member.name)
+                    present[member.name] = domain.join_domain(
+                        lives[source.name].connection,
+                        present[source.name],
+                        officer.connection,
+                        lives[member.name].connection,
+                        member.wrap_mechanism,
+                        sealed=sealed,
+                        timeout=timeout,
+                    )
+                    domain.challenge(
+                        lives[source.name].connection,
+                        present[source.name],
+                        lives[member.name].connection,
+                        present[member.name],
+                        timeout=timeout,
+                    )
+            finally:
+                officer.connection.close()
+    except BaseException:
+        for name in made:
+            with contextlib.suppress(Ckr, DeadlinePassed, *CONNECTION_LOST):
+                domain.destroy_domain(lives[name].connection, timeout=timeout)
+        raise
+    return present
+
+
+def _officer(member: MemberConfig, life: Life, so_pin: Pin, *, timeout: float) -> Life:
+    """The SO of the member that speaks for the others: in a module instance of its own (the user is logged in)."""
+    officer = open_life(member, None, generation=1, timeout=timeout, serial=life.token.serial)
+    try:
+        officer.connection.login(CKU_SO, so_pin.reveal(), timeout=timeout)
+    except Ckr as error:
+        officer.connection.kill()
+        raise ConfigurationError(f'member "{member.name}" refused the SO PIN ({error}); nothing was changed') from error
+    except BaseException:
+        officer.connection.kill()
+        raise
+    return officer
+
+
+def _record(
+    config: GroupConfig,
+    lives: Mapping[str, Life],
+    keys: Mapping[str, domain.DomainKeys],
+    clock: Clock,
+    *,
+    timeout: float,
+) -> str:
+    assert isinstance(config.journal.url, SqliteUrl)
+    serial = f"{secrets.randbelow(90_000_000) + 10_000_000}"
+    first = config.members[0]
+    reference = domain.reference_envelope(lives[first.name].connection, keys[first.name], timeout=timeout)
+    members = [
+        MemberRecord(
+            name=member.name,
+            serial=lives[member.name].token.serial,
+            role=member.role,
+            membership=Membership.ADMITTED,
+            since=clock.wall(),
+            default_extractable=_default_extractable(lives[member.name], timeout=timeout),
+        )
+        for member in config.members
+    ]
+    path = config.journal.url.path
+    SqliteJournal.create(
+        path,
+        label=config.group.label,
+        serial=serial,
+        members=members,
+        domain_key_id=keys[first.name].domain_key_id,
+        partition_key_id=keys[first.name].partition_key_id,
+        reference=reference,
+        clock=clock,
+    )
+    journal = open_journal(str(config.journal.url), clock=clock)
+    try:
+        group, listed = journal.view()
+        by_name = {member.name: member for member in listed}
+        for member in config.members:
+            shown = manifest.compose(group, by_name, low=0, high=0)
+            manifest.write(lives[member.name].connection, keys[member.name], shown, timeout=timeout)
+        journal.event("group created", f"with members {', '.join(by_name)}")
+    finally:
+        journal.close()
+    set_group_serial(config.path, serial)
+    return serial
+
+
+def _default_extractable(life: Life, *, timeout: float) -> bool:
+    """EXTRACTABLE of a key for which the template says nothing: the member's default, learnt with a session key."""
+    template: Template = [
+        (CKA.CLASS, pack_ulong(CKO.SECRET_KEY)),
+        (CKA.TOKEN, pack_bool(False)),
+        (CKA.PRIVATE, pack_bool(True)),
+        (CKA.VALUE_LEN, pack_ulong(16)),
+    ]
+    sid = life.connection.open_session(timeout=timeout)
+    try:
+        handle = life.connection.generate((CKM.AES_KEY_GEN, None), template, sid=sid, timeout=timeout)
+        values, _ = life.connection.get(handle, [CKA.EXTRACTABLE], sid=sid, timeout=timeout)
+    finally:
+        life.connection.close_session(sid, timeout=timeout)
+    return unpack_bool(values.get(CKA.EXTRACTABLE, b"\0"))

@@ -1,0 +1,139 @@
+"""What ``status`` shows: the journal's knowledge of the group, and whether each member answers now. Needs no PIN."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+import msgspec
+
+from hagroup.config.model import GroupConfig, MemberConfig
+from hagroup.core.calls import Ckr, DeadlinePassed
+from hagroup.core.records import MemberRecord, Membership, OwedKind
+from hagroup.engine.roster import CONNECTION_LOST, open_life
+from hagroup.errors import HAError
+from hagroup.journal.api import Journal
+from hagroup.members import ModuleProblem
+
+
+class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One member; the numbers count objects."""
+
+    name: str
+    serial: str
+    role: str
+    state: str
+    in_sync: bool
+    missing: int
+    """Objects that it has to be given."""
+    stale: int
+    """Objects whose attributes it has to be brought up to."""
+    pending_deletes: int
+    unmanaged: int | None
+    """Objects on its token that the group does not know; None: not counted (that takes a login: ``sync``)."""
+    since: str
+    """When ``state`` last changed, as far as the journal knows (RFC 3339)."""
+    reason: str | None
+    """Why it is not in service or not in sync, and what to do."""
+
+
+class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
+    label: str
+    serial: str
+    in_sync: bool
+    state: str
+    """``ok``, ``degraded`` (a member is not in service), ``out of sync`` or ``down`` (no member answers)."""
+
+
+class JournalStatus(msgspec.Struct, frozen=True, kw_only=True):
+    url: str
+    ok: bool
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """The document that ``ha-admin status --json`` prints; fields are added, never renamed."""
+
+    group: GroupStatus
+    members: list[MemberStatus]
+    objects: int
+    tombstones: int
+    journal: JournalStatus
+
+
+def gather(config: GroupConfig, journal: Journal) -> Status:
+    """Read the journal and ask every member, in parallel, whether its token is there; nothing is changed.
+
+    :raises JournalUnavailable: the journal cannot be read.
+    """
+    _, records = journal.view()
+    configured = {member.name: member for member in config.members}
+    answers: dict[str, str | None] = {}
+    with ThreadPoolExecutor(max_workers=max(1, len(records))) as pool:
+        futures = {
+            record.name: pool.submit(_reachable, configured[record.name], journal, record, config.timeouts.call)
+            for record in records
+            if record.name in configured
+        }
+        answers = {name: future.result() for name, future in futures.items()}
+    members = [
+        _member(record, journal, answers.get(record.name, "not in hagroup.toml of this host")) for record in records
+    ]
+    counts = journal.counts()
+    return Status(
+        group=GroupStatus(
+            label=config.group.label,
+            serial=config.group.serial or "",
+            in_sync=all(member.in_sync for member in members),
+            state=_group_state(members),
+        ),
+        members=members,
+        objects=counts["live"],
+        tombstones=counts["tombstones"],
+        journal=JournalStatus(url=str(config.journal.url), ok=True),
+    )
+
+
+def _reachable(config: MemberConfig, journal: Journal, record: MemberRecord, timeout: float) -> str | None:
+    """None: its token answers. Else why not."""
+    try:
+        life = open_life(config, journal, generation=1, timeout=timeout, serial=record.serial)
+    except (Ckr, DeadlinePassed, ModuleProblem, HAError, *CONNECTION_LOST) as error:
+        return str(error)
+    life.connection.close()
+    return None
+
+
+def _member(record: MemberRecord, journal: Journal, unreachable: str | None) -> MemberStatus:
+    owed = Counter(row.kind for row in journal.owed(record.name))
+    if record.membership is not Membership.ADMITTED:
+        state, reason = record.membership.value, record.reason
+    elif unreachable is not None:
+        state, reason = "failed", unreachable
+    elif record.draining:
+        state, reason = "draining", record.reason
+    else:
+        state, reason = "in service", None
+    refusals = [row.reason for row in journal.owed(record.name) if row.reason]
+    return MemberStatus(
+        name=record.name,
+        serial=record.serial,
+        role=record.role.value,
+        state=state,
+        in_sync=record.membership is Membership.ADMITTED and not owed,
+        missing=owed[OwedKind.INSTALL],
+        stale=owed[OwedKind.SET],
+        pending_deletes=owed[OwedKind.DESTROY],
+        unmanaged=None,
+        since=datetime.fromtimestamp(record.since, UTC).isoformat(timespec="seconds"),
+        reason=reason or (refusals[0] if refusals else None),
+    )
+
+
+def _group_state(members: list[MemberStatus]) -> str:
+    serving = [member for member in members if member.state == "in service"]
+    if not serving:
+        return "down"
+    if len(serving) < len(members):
+        return "degraded"
+    return "ok" if all(member.in_sync for member in members) else "out of sync"

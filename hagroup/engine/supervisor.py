@@ -1,0 +1,172 @@
+"""What each process does in the background: connect members, bring them up to date, finish what the dead left.
+
+A thread that only decides what is due; the work itself runs on the roster's pool. It never holds up a call of the
+application: calls wait, if at all, for a member's state, not for this thread.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from hagroup.config.logging import get_logger
+from hagroup.core.clock import Clock
+from hagroup.core.records import Membership, OwedKind
+from hagroup.core.states import State
+from hagroup.engine.member import Member
+from hagroup.engine.replicate import Replicator
+from hagroup.engine.resync import Resync
+from hagroup.engine.roster import START_TIMEOUT, Roster
+from hagroup.engine.view import View
+from hagroup.errors import JournalUnavailable
+from hagroup.journal.api import Journal
+
+log = get_logger(__name__)
+
+TICK = 1.0
+"""Seconds between looks when nothing happens."""
+
+
+class Supervisor:
+    """One per process and group."""
+
+    def __init__(self, roster: Roster, view: View, journal: Journal, replicator: Replicator, clock: Clock) -> None:
+        self._roster = roster
+        self._view = view
+        self._journal = journal
+        self._replicator = replicator
+        self._clock = clock
+        self.resync = Resync(roster, view, journal, replicator, clock)
+        self._event = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="hagroup-supervisor", daemon=True)
+        self._looked_for_work = -1
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._event.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=5.0)
+
+    def wake(self) -> None:
+        """Look now."""
+        self._event.set()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self.tick()
+            except JournalUnavailable as error:
+                log.warning("journal.unavailable", error=str(error))
+            except Exception:
+                log.exception("supervisor failed; it goes on")
+            self._event.wait(self._pause())
+            self._event.clear()
+
+    def _pause(self) -> float:
+        due = self._roster.next_due()
+        if due is None:
+            return TICK
+        return min(TICK, max(0.01, due - self._clock.boot()))
+
+    def tick(self) -> None:
+        """One look: start what is due."""
+        for member in self._roster.due():
+            self._roster.submit(self._roster.connect, member)
+        self._view.refresh()
+        self._roster.follow_journal()
+        for member in list(self._roster.members.values()):
+            if member.state in (State.RESYNCING, State.IN_SERVICE) and not member.busy and self._ready(member):
+                self._resync(member)
+        if self._any_keys():
+            self.resync.recover_intents()
+
+    def _any_keys(self) -> bool:
+        return any(m.life is not None and m.life.keys is not None for m in self._roster.members.values())
+
+    def _ready(self, member: Member) -> bool:
+        life = member.life
+        if life is None or life.keys is None:
+            return False
+        if member.state is State.RESYNCING:
+            return True
+        return self.resync.has_work(member)
+
+    def _resync(self, member: Member) -> None:
+        with self._roster.changed:
+            if member.busy:
+                return
+            member.busy = True
+        self._roster.submit(self._resync_task, member)
+
+    def _resync_task(self, member: Member, *, patient: bool = False) -> None:
+        try:
+            self.resync.bring_up_to_date(member, patient=patient)
+        finally:
+            with self._roster.changed:
+                member.busy = False
+                self._roster.changed.notify_all()
+
+    # -- on demand -----------------------------------------------------------------------------------------
+    def settle(self) -> None:
+        """Return when every member is connected, failed or quarantined."""
+        self.wake()
+        bound = START_TIMEOUT + 2 * self._roster.config.timeouts.call
+        self._roster.wait_for_change(bound, lambda: not self._roster.may_come())
+
+    def sync_now(self) -> None:
+        """Work off what every connected member owes; rows that were put off too."""
+        self.resync.recover_intents()
+        for member in list(self._roster.members.values()):
+            if member.state not in (State.RESYNCING, State.IN_SERVICE):
+                continue
+            with self._roster.changed:
+                self._roster.changed.wait_for(lambda m=member: not m.busy, self._roster.config.timeouts.generate)
+                if member.busy:
+                    continue
+                member.busy = True
+            self._resync_task(member, patient=True)
+
+    def clean_now(self) -> None:
+        """An object was given up: what members hold of it goes now."""
+        for member in self._roster.serving():
+            if not member.busy and self._ready(member):
+                with self._roster.changed:
+                    member.busy = True
+                self._resync_task(member)
+
+    def recover_now(self) -> None:
+        """An intent of a dead process stands in the way."""
+        self.resync.recover_intents()
+
+    def unresolved(self, intent: str) -> None:
+        """A call of this process could not find out what became of its intent."""
+        self.resync.unresolved(intent)
+        self.wake()
+
+    def replace(self, uid: bytes, members: list[str]) -> None:
+        """Members that refused a change that others took are owed a replacement (DESIGN.md 4.3)."""
+        if members:
+            self._journal.owe([(name, uid, OwedKind.INSTALL) for name in members], reason=None)
+            self.wake()
+
+    # -- reports from operations ---------------------------------------------------------------------------
+    def report_missing(self, member: Member, uid: bytes) -> None:
+        """An object that the journal has on ``member`` was not found there: repair it in the background."""
+        self._roster.submit(self._repair, member, uid)
+
+    def report_doubtful(self, member: Member, uid: bytes) -> None:
+        """Another member can use an object that this one cannot: prove it there."""
+        self._roster.submit(self._prove, member, uid)
+
+    def _repair(self, member: Member, uid: bytes) -> None:
+        if self.resync.we_are_current(member):
+            self._journal.event("object missing", "a member lost an object: it is made anew there", member=member.name)
+            self._journal.owe([(member.name, uid, OwedKind.INSTALL)], reason=None)
+            self.wake()
+
+    def _prove(self, member: Member, uid: bytes) -> None:
+        if self._view.members[member.name].membership is Membership.ADMITTED and not self._replicator.proves(member, uid):
+            self._repair(member, uid)

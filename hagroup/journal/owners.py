@@ -1,0 +1,93 @@
+"""Who is alive: each process's registration, and each worker, holds an flock for its life; free means dead.
+
+The files lie in ``.<journal name>.locks`` beside the journal. The kernel drops a lock with the last descriptor of its
+open file, however the process ends, and no number is reused (as process numbers are).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import re
+import secrets
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+_WORKER = ".worker"
+_CLEAN_AT_MOST = 200
+
+
+def folder_of(journal: Path) -> Path:
+    return journal.parent / f".{journal.name}.locks"
+
+
+class Registration:
+    """An owner of this process, alive until :meth:`release`, or until the process ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = itertools.count(1)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        while True:
+            self.owner = secrets.token_hex(8)
+            path = folder / self.owner
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+                break
+            os.close(descriptor)  # somebody tidied it away before it was locked
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """The owner is dead from here on."""
+        self.drop_inherited()
+
+    def drop_inherited(self) -> None:
+        """In a forked child: the descriptor is a second one of the parent's open file, so the parent would look alive
+        as long as we live. Closing it leaves the parent's lock alone (LOCK_UN would not)."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def worker_lock(self, member: str) -> tuple[str, str]:
+        """A fresh name and file for a worker of this owner to lock."""
+        readable = re.sub(r"[^A-Za-z0-9_-]", "_", member)[:32]
+        name = f"{self.owner}-{next(self._numbers)}-{readable}{_WORKER}"
+        path = self._folder / name
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        return name, str(path)
+
+
+def is_held(folder: Path, name: str) -> bool | None:
+    """Whether the lock is held by a living process; None: there is no such file."""
+    try:
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who ask at once do not see each other
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def clean(folder: Path, referenced: Callable[[Collection[str]], Collection[str]]) -> list[str]:
+    """Remove files of the dead that nothing refers to any more; returns their names. A bounded number each time.
+
+    ``referenced`` tells which of the given names still stand in some row.
+    """
+    dead = []
+    with os.scandir(folder) as entries:
+        for entry in itertools.islice(entries, _CLEAN_AT_MOST):
+            # A worker's file is made before the worker runs and locks it: it counts as alive with its owner.
+            owner = entry.name.partition("-")[0]
+            if not is_held(folder, owner) and not is_held(folder, entry.name):
+                dead.append(entry.name)
+    kept = set(referenced(dead)) if dead else set()
+    removed = [name for name in dead if name not in kept]
+    for name in removed:
+        (folder / name).unlink(missing_ok=True)
+    return removed

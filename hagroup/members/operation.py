@@ -1,0 +1,45 @@
+"""What the executor's operations have in common."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from hagroup.core.calls import Ckr
+from hagroup.core.ckr import CKR
+from hagroup.members.cryptoki import Function
+from hagroup.members.life import Life
+from hagroup.members.module import Module
+from hagroup.members.sessions import BUFFER_SIZE, Session
+
+_ABSURD = 1 << 31  # bytes: a length that no module means
+
+
+class Operations:
+    """A module, and the life of its sessions."""
+
+    def __init__(self, module: Module, generation: int) -> None:
+        self._module = module
+        self._cryptoki = module.cryptoki
+        self._life = Life(module, generation)
+
+
+def output(session: Session, function: Function, *arguments: Any, room: int = 0) -> bytes:
+    """Calls ``function(*arguments, buffer, length)``, without asking for the length first."""
+    if room <= BUFFER_SIZE:
+        size, target = BUFFER_SIZE, session.buffer
+    else:
+        size, target = room, ctypes.c_char.from_buffer(bytearray(room))  # type: ignore[assignment]
+    length = session.length
+    while True:
+        length.value = size
+        pointer: Any = ctypes.byref(target)
+        try:
+            function(*arguments, pointer, session.length_pointer)
+        except Ckr as error:
+            if error.rv != CKR.BUFFER_TOO_SMALL or size > _ABSURD:
+                raise
+            size = max(length.value if length.value < _ABSURD else 0, 2 * size)
+            target = ctypes.c_char.from_buffer(bytearray(size))  # type: ignore[assignment]
+        else:
+            return ctypes.string_at(pointer, length.value)

@@ -1,0 +1,3 @@
+"""The same module as :mod:`pkcs11.util.ec` (for type checkers: at run time the package has put that in its place)."""
+
+from pkcs11.util.ec import *  # noqa: F403
