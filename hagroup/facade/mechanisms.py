@@ -116,7 +116,7 @@ def _raw(number: int, param: bytes) -> bytes:
     size, places = _POINTERS.get(number, (0, ()))
     if size and len(param) == size and any(any(param[place : place + 8]) for place in places):
         raise NotOnGroup(
-            f"{Mechanism(number)!r}: these raw parameters hold an address of this process's memory, which means nothing "
+            f"{Mechanism(number)!r}: these raw parameters hold an address in this process, which means nothing "
             "to the members of a group; give them as a tuple or as parameter object"
         )
     return bytes(param)

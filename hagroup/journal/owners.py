@@ -34,7 +34,7 @@ class Registration:
             path = folder / self.owner
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+            if os.fstat(descriptor).st_nlink:
                 break
             os.close(descriptor)  # somebody tidied it away before it was locked
         self._descriptor = descriptor

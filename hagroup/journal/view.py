@@ -15,6 +15,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import secrets
 from pathlib import Path
 
 _SIZE = 8
@@ -43,8 +44,11 @@ class ViewNumber:
             return False
         return (status.st_dev, status.st_ino) == self._identity
 
-    def attach(self, number: int) -> None:
-        """Map the file, made and filled with ``number`` (the journal's own) where it is missing. Raises OSError."""
+    def attach(self) -> None:
+        """Map the file, made where it is missing. Raises OSError.
+
+        A new file begins with a random number above all real ones: no reader can have seen it, so all look again.
+        """
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -56,7 +60,7 @@ class ViewNumber:
             mapped = mmap.mmap(descriptor, _SIZE)
             cell = ctypes.c_uint64.from_buffer(mapped)
             if fresh:
-                cell.value = number
+                cell.value = secrets.randbits(63) | 1 << 63
             self._map, self._cell = mapped, cell
             self._identity = (status.st_dev, status.st_ino)
         finally:
