@@ -18,14 +18,12 @@ import signal as signals
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 # In the order of the function lists of PKCS#11 2.40, 3.0 and 3.2: a function's place is its number in the file.
-FUNCTIONS = tuple(
-    f"C_{name}"
-    for name in """
+_NAMES = """
     Initialize Finalize GetInfo GetFunctionList GetSlotList GetSlotInfo GetTokenInfo GetMechanismList GetMechanismInfo
     InitToken InitPIN SetPIN OpenSession CloseSession CloseAllSessions GetSessionInfo GetOperationState
     SetOperationState Login Logout CreateObject CopyObject DestroyObject GetObjectSize GetAttributeValue
@@ -43,8 +41,8 @@ FUNCTIONS = tuple(
 
     EncapsulateKey DecapsulateKey VerifySignatureInit VerifySignature VerifySignatureUpdate VerifySignatureFinal
     GetSessionValidationFlags AsyncComplete AsyncGetID AsyncJoin WrapKeyAuthenticated UnwrapKeyAuthenticated
-    """.split()
-)
+    """
+FUNCTIONS = tuple(f"C_{name}" for name in _NAMES.split())
 _NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
 _UNFAULTED = {"C_GetFunctionList", "C_GetInterfaceList", "C_GetInterface"}  # answered by the interposer itself
 FAULTED = tuple(name for name in FUNCTIONS if name not in _UNFAULTED)
@@ -61,16 +59,17 @@ CRYPTO = tuple(
     and any(word in name for word in ("Encrypt", "Decrypt", "Digest", "Sign", "Verify", "Key", "Random"))
 )
 """The service model's class "crypto": everything that calculates with keys, digests or random numbers."""
-DEVICE = tuple(name for name in FAULTED if name not in _LIBRARY and not name.endswith("Init"))
+DEVICE = tuple(
+    name for name in FAULTED if name not in _LIBRARY and not name.endswith("Init") and name != "C_FindObjectsFinal"
+)
 """The class "device": also logins, sessions, objects, attributes and information about the token."""
-OUTPUTS = frozenset(
-    name
-    for name in CRYPTO
-    if name.endswith(("Encrypt", "Decrypt", "Digest", "C_Sign", "EncryptUpdate", "DecryptUpdate", "DigestUpdate"))
-    or name.endswith(("EncryptFinal", "DecryptFinal", "DigestFinal", "SignFinal", "Recover", "DecryptVerifyUpdate"))
-    or name.endswith(("cryptMessage", "SignMessage", "cryptMessageNext", "SignMessageNext", "GenerateRandom"))
-    or name in ("C_WrapKey", "C_WrapKeyAuthenticated", "C_EncapsulateKey")
-) - {"C_DigestUpdate", "C_MessageEncryptFinal", "C_MessageDecryptFinal", "C_MessageSignFinal"} | {"C_GetOperationState"}
+_NAMES_WITH_OUTPUT = """
+    GetOperationState Encrypt EncryptUpdate EncryptFinal Decrypt DecryptUpdate DecryptFinal Digest DigestFinal Sign
+    SignFinal SignRecover VerifyRecover DigestEncryptUpdate DecryptDigestUpdate SignEncryptUpdate DecryptVerifyUpdate
+    WrapKey GenerateRandom EncryptMessage EncryptMessageNext DecryptMessage DecryptMessageNext SignMessage
+    SignMessageNext EncapsulateKey WrapKeyAuthenticated
+    """
+OUTPUTS = frozenset(f"C_{name}" for name in _NAMES_WITH_OUTPUT.split())
 """Functions with an output buffer, which ``corrupt`` can change."""
 
 _ACTIONS = (
@@ -274,14 +273,13 @@ class FaultControl:
         """Makes the file, or resets one that is in use: no rules, no service model, counters and trace empty."""
         if os.path.exists(self.path):
             with self._changing() as control:
-                kept = control.next_id  # a call that waits for a rule must not take a new one for it
-                control.active = 0
-                ctypes.memset(ctypes.addressof(control), 0, _SIZE - ctypes.sizeof(control.trace))
-                self._begin(control, kept)
-                self._forget_calls(control)
+                # What makes the file valid stays, and so do rule numbers: a held call must not meet its rule again.
+                control.active = control.concurrency = 0
+                for field in (control.service_us, control.free_at, control.counters, control.trace):
+                    ctypes.memset(ctypes.addressof(field), 0, ctypes.sizeof(field))
+                control.trace_next = 0
             return self
-        fresh = _Control()
-        self._begin(fresh, 0)
+        fresh = _Control(magic=_MAGIC, version=_VERSION, size=_SIZE)
         descriptor, made = tempfile.mkstemp(prefix=".faults-", dir=os.path.dirname(self.path))
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -291,13 +289,6 @@ class FaultControl:
             os.unlink(made)
         return self
 
-    @staticmethod
-    def _begin(control: _Control, next_id: int) -> None:
-        control.next_id = next_id
-        control.size = _SIZE
-        control.version = _VERSION
-        control.magic = _MAGIC
-
     @contextmanager
     def _opened(self, *, change: bool) -> Iterator[_Control]:
         try:
@@ -306,24 +297,24 @@ class FaultControl:
             hint = "; make it with init" if isinstance(error, FileNotFoundError) else ""
             raise FaultControlError(f"{self.path} cannot be opened: {error.strerror}{hint}") from None
         try:
-            size = os.fstat(descriptor).st_size
-            memory = mmap.mmap(descriptor, _SIZE) if size == _SIZE else None
-            if memory is None or memory[:8] != _MAGIC or int.from_bytes(memory[8:12], "little") != _VERSION:
+            memory = mmap.mmap(descriptor, _SIZE) if os.fstat(descriptor).st_size == _SIZE else None
+            control = None if memory is None else _Control.from_buffer(memory)  # keeps it mapped as long as needed
+            if control is None or control.magic != _MAGIC or control.version != _VERSION:
                 raise FaultControlError(f"{self.path} is not a control file of this version of the interposer")
             if change:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             try:
-                yield _Control.from_buffer(memory)  # keeps the memory mapped as long as anybody has it
+                yield control
             finally:
                 if change:
                     fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
 
-    def _changing(self) -> contextmanager[_Control]:  # type: ignore[valid-type]
+    def _changing(self) -> AbstractContextManager[_Control]:
         return self._opened(change=True)
 
-    def _reading(self) -> contextmanager[_Control]:  # type: ignore[valid-type]
+    def _reading(self) -> AbstractContextManager[_Control]:
         return self._opened(change=False)
 
     # -- rules

@@ -512,6 +512,18 @@ static int fires(struct rule *rule, unsigned number)
     return 1;
 }
 
+/* Rules apply in the order in which they were added. */
+static unsigned oldest(const struct control *control, uint32_t places)
+{
+    unsigned first = (unsigned)__builtin_ctz(places);
+    for (places &= places - 1; places; places &= places - 1) {
+        unsigned place = (unsigned)__builtin_ctz(places);
+        if (load_relaxed(&control->rules[place].id) < load_relaxed(&control->rules[first].id))
+            first = place;
+    }
+    return first;
+}
+
 static int in_force(const struct call *call, const struct firing *firing)
 {
     return current_control(0) == call->control && load_acquire(&call->control->active) & firing->bit &&
@@ -542,10 +554,11 @@ static void crash(struct call *call, const struct firing *firing)
 static int apply_rules(struct call *call)
 {
     struct control *control = call->control;
-    for (uint32_t left = load_acquire(&control->active); left; left &= left - 1) {
-        unsigned place = (unsigned)__builtin_ctz(left);
+    for (uint32_t left = load_acquire(&control->active), bit; left; left &= ~bit) {
+        unsigned place = oldest(control, left);
         struct rule *rule = &control->rules[place];
-        struct firing firing = {rule, load_relaxed(&rule->parameter), left & -left, load_relaxed(&rule->id),
+        bit = 1U << place;
+        struct firing firing = {rule, load_relaxed(&rule->parameter), bit, load_relaxed(&rule->id),
                                 load_relaxed(&rule->action), load_relaxed(&rule->released)};
         if (!fires(rule, call->function))
             continue;

@@ -79,10 +79,12 @@ class Access:
     def _connected(self) -> list[tuple[Member, Life]]:
         """Members that are connected, the one with the latest recorded success first."""
         self._roster.wake()
-        usable = lambda: any(m.life is not None for m in self._roster.members.values())  # noqa: E731
-        self._roster.wait_for_change(
-            self._roster.config.timeouts.call * 2, lambda: usable() or not self._roster.may_come()
-        )
+
+        def somebody() -> bool:
+            connected = any(member.life is not None for member in self._roster.members.values())
+            return connected or not self._roster.may_come()
+
+        self._roster.wait_for_change(self._roster.config.timeouts.call * 2, somebody)
         when = {
             record.member: record.boot_time
             for record in self._roster.journal.logins()

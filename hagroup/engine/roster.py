@@ -345,6 +345,15 @@ class Roster:
         self.pins.accepted(member.name, pin, application=source == APPLICATION)
         self.find_keys(member, life)
 
+    def log_in_first(self, member: Member, life: Life, pin: Pin) -> None:
+        """Log in with a PIN that the application gave in this call: a refusal is the application's error.
+
+        :raises Ckr: ``PIN_*`` and whatever else the member answered.
+        """
+        log_in(self.journal, member, life, pin, APPLICATION, "", timeout=self.config.timeouts.call)
+        self.pins.accepted(member.name, pin, application=True)
+        self.find_keys(member, life)
+
     def find_keys(self, member: Member, life: Life) -> None:
         """After a login: the domain's keys, and what the member's manifest says (DESIGN.md 4.6)."""
         group = self.view.group

@@ -95,11 +95,8 @@ class Supervisor:
         return self.resync.has_work(member)
 
     def _resync(self, member: Member) -> None:
-        with self._roster.changed:
-            if member.busy:
-                return
-            member.busy = True
-        self._roster.submit(self._resync_task, member)
+        if self._take(member, 0.0):
+            self._roster.submit(self._resync_task, member)
 
     def _resync_task(self, member: Member, *, patient: bool = False) -> None:
         try:
@@ -122,19 +119,21 @@ class Supervisor:
         for member in list(self._roster.members.values()):
             if member.state not in (State.RESYNCING, State.IN_SERVICE):
                 continue
-            with self._roster.changed:
-                self._roster.changed.wait_for(lambda m=member: not m.busy, self._roster.config.timeouts.generate)
-                if member.busy:
-                    continue
+            if self._take(member, self._roster.config.timeouts.generate):
+                self._resync_task(member, patient=True)
+
+    def _take(self, member: Member, timeout: float) -> bool:
+        """Wait until no background task runs for the member, and be that task."""
+        with self._roster.changed:
+            if self._roster.changed.wait_for(lambda: not member.busy, timeout):
                 member.busy = True
-            self._resync_task(member, patient=True)
+                return True
+        return False
 
     def clean_now(self) -> None:
         """An object was given up: what members hold of it goes now."""
         for member in self._roster.serving():
-            if not member.busy and self._ready(member):
-                with self._roster.changed:
-                    member.busy = True
+            if self._ready(member) and self._take(member, self._roster.config.timeouts.call):
                 self._resync_task(member)
 
     def recover_now(self) -> None:

@@ -25,6 +25,7 @@ from hagroup.facade.slots import (
     EndedSession,
     MemberSlot,
     Slot,
+    Token,
 )
 
 if TYPE_CHECKING:
@@ -107,10 +108,10 @@ class GroupLibrary:
 
     # -- slots and tokens ----------------------------------------------------------------------------------
     @raises_pkcs11
-    def get_slots(self, token_present: bool = False) -> list[Any]:
+    def get_slots(self, token_present: bool = False) -> list[Slot]:
         """The virtual slot, then the members if the configuration says ``ha_only = false``."""
         group = self.group
-        slots = [Slot(self, VIRTUAL_SLOT, f"HA group {group.label}")]
+        slots: list[Slot] = [Slot(self, VIRTUAL_SLOT, f"HA group {group.label}")]
         for place, member in enumerate(group.member_slots(), VIRTUAL_SLOT + 1):
             slots.append(MemberSlot(self, place, member))
         return slots
@@ -122,7 +123,7 @@ class GroupLibrary:
         token_flags: Any = None,
         slot_flags: Any = None,
         mechanisms: Iterable[Any] | None = None,
-    ) -> Iterator[Any]:
+    ) -> Iterator[Token]:
         """Tokens that match; ``mechanisms``: those that have all of them."""
         wanted = None if mechanisms is None else {int(mechanism) for mechanism in mechanisms}
         for slot in self.get_slots():
@@ -139,7 +140,7 @@ class GroupLibrary:
             except (TokenNotPresent, TokenNotRecognised):
                 continue
 
-    def get_token(self, **kwargs: Any) -> Any:
+    def get_token(self, **kwargs: Any) -> Token:
         """The one token that matches."""
         tokens = self.get_tokens(**kwargs)
         token = next(tokens, None)

@@ -62,7 +62,7 @@ def _cbc_data(param: Any) -> list[Any]:
     iv, data = param
     iv = as_bytes(iv)[:16]
     if len(iv) < 16:
-        raise ArgumentsBad("The initialisation vector must have 16 bytes.")
+        raise IndexError(f"the initialisation vector must have 16 bytes, not {len(iv)}")  # as python-pkcs11 does
     return ["cbc_data", iv, as_bytes(data)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ class Object(types.Object):
 
     @raises_pkcs11
     def __getitem__(self, key: Attribute) -> Any:
-        number = int(key)
+        number = operator.index(key)
         values, errors = self._session.engine.get(self.uid, [number])
         if number not in values:
             raise error_for(errors.get(number, CKR.FUNCTION_FAILED))
@@ -65,7 +66,7 @@ class Object(types.Object):
     @raises_pkcs11
     def get_attributes(self, keys: Iterable[Attribute]) -> dict[Attribute, Any]:
         """Those that can be read; the first one's error if none can."""
-        asked = {int(key): key for key in keys}
+        asked = {operator.index(key): key for key in keys}
         if not asked:
             return {}
         values, errors = self._session.engine.get(self.uid, list(asked))
@@ -152,7 +153,9 @@ _CLASS_MAP: dict[int, type[types.Object]] = {
 }
 _KEY_CLASSES = (ObjectClass.SECRET_KEY, ObjectClass.PUBLIC_KEY, ObjectClass.PRIVATE_KEY)
 
+_CLASS = int(Attribute.CLASS)
 _capability_mixins: list[tuple[int, type[Object]]] = []
+_asked_of_new = [_CLASS]
 _classes: dict[tuple[int, int], type[Object]] = {}
 _ULONG = struct.Struct("@L")
 
@@ -160,6 +163,7 @@ _ULONG = struct.Struct("@L")
 def register_capability(attribute: Attribute, mixin: type[Object]) -> None:
     """Objects whose ``attribute`` is true get ``mixin``'s methods."""
     _capability_mixins.append((int(attribute), mixin))
+    _asked_of_new.append(int(attribute))
 
 
 def _class_of(object_class: int, capabilities: int) -> type[Object]:
@@ -175,8 +179,8 @@ def _class_of(object_class: int, capabilities: int) -> type[Object]:
 
 def make_object(session: Session, uid: bytes) -> Any:
     """An object with the right bases for its class and capabilities; of unknown class, a plain :class:`Object`."""
-    values, _ = session.engine.get(uid, [Attribute.CLASS, *(number for number, _ in _capability_mixins)])
-    raw = values.get(Attribute.CLASS, b"")
+    values, _ = session.engine.get(uid, _asked_of_new)
+    raw = values.get(_CLASS, b"")
     object_class = _ULONG.unpack(raw)[0] if len(raw) == _ULONG.size else -1
     if object_class not in _CLASS_MAP:
         return Object(session, uid)

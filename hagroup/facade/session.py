@@ -47,9 +47,9 @@ class Session(types.Session):
 
     __slots__ = (
         "__weakref__",
-        "_closed",
         "_user_type",
         "attribute_mapper",
+        "closed",
         "engine",
         "handle",
         "operation",
@@ -64,6 +64,7 @@ class Session(types.Session):
     engine: api.Session
     """The group's side of it (hagroup's own)."""
     attribute_mapper: AttributeMapper
+    closed: bool
     operation_lock: OperationLock
     operation: Operation | None
     """The multi-part operation that holds the lock."""
@@ -77,7 +78,7 @@ class Session(types.Session):
         self.operation_lock = OperationLock()
         self.operation = None
         self._user_type = user_type
-        self._closed = False
+        self.closed = False
 
     def _identity(self) -> Any:
         return "hagroup.Session", self.token, self.handle
@@ -93,9 +94,9 @@ class Session(types.Session):
     @raises_pkcs11
     def close(self) -> None:
         """Closes it; if it was opened with a PIN, everybody is logged out of the virtual token."""
-        if self._closed:
+        if self.closed:
             raise Ckr(CKR.SESSION_HANDLE_INVALID, "C_CloseSession")
-        self._closed = True
+        self.closed = True
         try:
             if self._user_type != UserType.NOBODY:
                 self.engine.logout()
@@ -140,6 +141,7 @@ class Session(types.Session):
 
     @raises_pkcs11
     def create_object(self, attrs: dict[Attribute, Any]) -> Any:
+        attrs = dict(attrs)
         has_id = attrs.get(Attribute.CLASS) in _WITH_ID
         assign_id = has_id and leaves_id_open(None, attrs)
         return make_object(self, self.engine.create(pack(self.attribute_mapper, attrs), assign_id=assign_id))

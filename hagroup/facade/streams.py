@@ -103,6 +103,8 @@ class Operation:
         self._session.operation_lock.release()
 
     def _running(self) -> api.Stream:
+        if self._session.closed:
+            raise Ckr(CKR.SESSION_HANDLE_INVALID, "multi-part operation")
         if self._stream is None or not self._active:
             raise Ckr(CKR.OPERATION_NOT_INITIALIZED, "multi-part operation")
         return self._stream

@@ -36,7 +36,10 @@ from hagroup.core.records import (
 
 
 class StaleMembership(Exception):
-    """The membership revision that the writer went by is not the current one. Nothing was written: look again."""
+    """The membership revision that the writer went by is not the current one. Nothing was written: look again.
+
+    From ``admit`` also: the member was quarantined or removed meanwhile.
+    """
 
 
 class Busy(Exception):
@@ -82,20 +85,33 @@ class Guarantees(msgspec.Struct, frozen=True):
 
 
 class Journal(Protocol):
-    guarantees: Guarantees
-    owner: str
-    """This process's registration; registered at open, alive while the process lives (flock or lease)."""
+    @property
+    def guarantees(self) -> Guarantees: ...
+    @property
+    def owner(self) -> str:
+        """This process's registration; registered at open, alive while the process lives (flock or lease)."""
+        ...
 
     # -- cheap, before every operation -------------------------------------------------------------------
     def view_number(self) -> int:
         """Differs from the last one seen whenever anything was committed since. No I/O on SQLite (mmap)."""
         ...
 
-    def changes(self, since: int, epoch: str) -> Changes: ...
+    def changes(self, since: int, epoch: str) -> Changes:
+        """UIDs whose record, copies or owed rows moved after change number ``since``; destroyed ones are among them.
+
+        Call it after having read the view number, never before. ``everything`` where the epoch is another one, or so
+        much moved (a member was listed or removed, ``since`` is long ago) that it is not listed.
+        """
+        ...
 
     # -- reading -----------------------------------------------------------------------------------------
     def group(self) -> GroupRecord: ...
     def members(self) -> list[MemberRecord]: ...
+    def view(self) -> tuple[GroupRecord, list[MemberRecord]]:
+        """:meth:`group` and :meth:`members` as of one instant."""
+        ...
+
     def object(self, uid: bytes) -> ObjectRecord | None: ...
     def search(self, attributes: Mapping[int, bytes]) -> list[ObjectRecord]:
         """Live objects that have all these attribute values, oldest first. CLASS, KEY_TYPE, ID, LABEL use indexes."""
@@ -107,6 +123,10 @@ class Journal(Protocol):
 
     def placement(self, uid: bytes) -> tuple[dict[str, Copy], dict[str, OwedRow]]:
         """Copies and owed rows of one object, by member."""
+        ...
+
+    def object_with_placement(self, uid: bytes) -> tuple[ObjectRecord | None, dict[str, Copy], dict[str, OwedRow]]:
+        """:meth:`object` and :meth:`placement` as of one instant."""
         ...
 
     def copies(self, member: str) -> Iterator[Copy]: ...
@@ -130,14 +150,15 @@ class Journal(Protocol):
         membership_revision: int,
     ) -> Intent:
         """Record ``creating`` objects (a pair is one intent) and an owed ``install`` row for **every** listed member
-        (joining and out-of-sync too; not quarantined? those too: they stay owed); rows of ``asking`` members are
-        claimed by this owner and marked sent. Raises :class:`StaleMembership`."""
+        (joining, out-of-sync and quarantined ones too: they stay owed); rows of ``asking`` members are claimed by this
+        owner and marked sent. Raises :class:`StaleMembership`; ValueError for a UID that was ever used."""
         ...
 
     def go_live(self, intent: str, *, needed: int, serving: Collection[str]) -> bool:
         """``creating -> live`` for all objects of the intent if each has at least ``needed`` confirmed copies on
         members of ``serving``; closes the intent. True also when they are live already. False: not enough yet.
-        Raises :class:`NoLongerLive` when they were given up (deleted)."""
+        Raises :class:`NoLongerLive` when they were given up (deleted). Any process may: owner and recoverer compete,
+        and exactly one of go_live and abandon_create ever takes effect."""
         ...
 
     def abandon_create(self, intent: str) -> bool:
@@ -158,30 +179,41 @@ class Journal(Protocol):
     ) -> Intent:
         """Open an intent to bring a live object from ``revision`` to the next one. Every member with a copy gets an
         owed ``set`` row (those of ``asking`` claimed and sent); members that owe an ``install`` go on owing it, for the
-        new revision once committed. Old and new locators are kept in the rows. ``announced`` of the members moves to
-        the intent's change number. Raises :class:`Busy`, :class:`NoLongerLive`, :class:`StaleMembership`."""
+        new revision once committed, and are not asked: **only the intent's ``asked`` may be**. A claim of another owner
+        on such a row is taken over, and what that owner then confirms is refused; so better do not ask members that
+        owe something for the object. Old and new locators are kept in the rows. ``announced`` of the members moves to
+        the intent's change number. Raises :class:`Busy` (for a second change by this owner too),
+        :class:`NoLongerLive`, :class:`StaleMembership`."""
         ...
 
     def commit_set(self, intent: str) -> ObjectRecord:
-        """Some member accepted: the record becomes the new revision for good; closes the intent. Idempotent.
-        Raises :class:`NoLongerLive` when the object was destroyed meanwhile."""
+        """Some member accepted: the record becomes the new revision for good; closes the intent. Idempotent. Comes
+        before any ``confirm`` of the new revision (which is refused until then).
+        Raises :class:`NoLongerLive` when the object was destroyed, or the change rolled back, meanwhile."""
         ...
 
     def rollback_set(self, intent: str) -> None:
-        """All that were asked refused: rows of the intent become ``install`` of the old revision where in doubt, else
-        vanish; closes the intent."""
+        """All that were asked refused (``give_up`` each first): rows of the intent become ``install`` of the old
+        revision where in doubt, else vanish, or go back to what the member owed before; closes the intent. Nothing
+        happens where it is closed already."""
         ...
 
     # -- destroy -----------------------------------------------------------------------------------------
     def destroy(
         self, uid: bytes, *, asking: Sequence[Asking], membership_revision: int
     ) -> tuple[Tombstone, list[OwedRow]]:
-        """Write the tombstone; close any open intent of the object; every copy and owed row becomes
-        ``owed: destroy`` with all its locators (claimed and sent for ``asking``); ``announced`` moves. Returns the
-        tombstone and all rows. Raises :class:`NoLongerLive` if it is gone already."""
+        """Write the tombstone; close any open intent of the object (a create is given up whole: a pair is one); every
+        copy and owed row becomes ``owed: destroy`` with all its locators (claimed and sent for ``asking``);
+        outstanding attempts are kept, and elsewhere the claim of a living owner who waits for a reply; ``announced``
+        moves. Returns the tombstone and all rows. Raises :class:`NoLongerLive` if it is gone already,
+        :class:`StaleMembership`."""
         ...
 
     # -- owed rows ---------------------------------------------------------------------------------------
+    # The heart, because an HSM cannot be fenced: each time a member was asked is an *attempt* in the row
+    # (:class:`hagroup.core.records.Attempt`), outstanding until it is answered or can no longer execute. A row with an
+    # outstanding attempt is never deleted, and nothing routes an operation to a member that has a row for the object.
+    # The rules, with the histories that they prevent: hagroup/journal/rules.py.
     def claim(
         self,
         rows: Sequence[tuple[str, bytes]],
@@ -192,18 +224,33 @@ class Journal(Protocol):
         locators: Sequence[Locator] = (),
     ) -> list[OwedRow]:
         """Claim (member, UID) rows for this owner and mark them sent; only rows that are unclaimed, or own, or whose
-        owner is dead. ``locators`` are added to each. Returns the rows claimed. Raises :class:`LeaseLost`,
+        owner is dead. Each adds an attempt of this owner; those of dead owners are in doubt from now on.
+        ``locators`` are added to each. Returns the rows claimed, as they are now: ``asked_before`` says whether to look
+        before making anything, ``unanswered`` which older attempts may still execute. Raises :class:`LeaseLost`,
         :class:`StaleMembership`."""
         ...
 
     def confirm(
         self, confirmations: Sequence[Confirmation], *, membership_revision: int, lease: Lease | None = None
     ) -> list[bool]:
-        """Members replied. Each: True, row cleared and copy recorded (or removed, for ``destroy``); False, refused:
-        the object was destroyed meanwhile, the row is another owner's or asks for something else now; the caller
-        must undo what it did on that member (and what is owed stays owed). A ``set``/``install`` confirmed at an
-        older revision than the record's leaves the row as ``set`` of the newest. Rows in doubt are cleared too: only
-        confirm those after the doubt was resolved."""
+        """Members replied. Each answers the newest attempt of this owner that it did not give up.
+
+        True: the attempt is over, the copy recorded (or removed, for ``destroy``). The row is cleared if no other
+        attempt is outstanding; else it is ``settled``: in doubt, free, and to be ended by ``clear_doubt`` or
+        ``resolve_attempts``. A ``set``/``install`` confirmed at an older revision than the record's leaves the row as
+        ``set`` of the newest.
+
+        False, refused: the object was destroyed meanwhile, the row is another owner's or asks for something else now,
+        there is no own attempt, or another owner removed the object there after it was asked for. For an ``install``
+        or ``set`` the caller must now undo what it did on that member, and then say so (``undone``, or ``confirm``
+        with ``destroy``): its attempt stands as a ``destroy`` until then. What is owed stays owed.
+
+        Raises :class:`StaleMembership`, :class:`LeaseLost` (then nothing was written: undo, and say ``undone``)."""
+        ...
+
+    def undone(self, member: str, uid: bytes) -> None:
+        """After a refused confirmation: what this owner did there was removed again. If the object should be there, it
+        is owed as ``install`` anew, whatever others confirmed meanwhile (it may have been theirs that was removed)."""
         ...
 
     def give_up(
@@ -212,28 +259,40 @@ class Journal(Protocol):
         *,
         doubt: bool,
         reason: str | None = None,
+        kind: OwedKind | None = None,
     ) -> None:
-        """The owner stops trying: ``doubt`` (no reply came: stays ``sent``, ``doubt_since`` set if not yet) or a known
-        refusal (``sent`` false, ``reason`` kept). The claim is released."""
+        """The owner stops trying: ``doubt`` (no reply came: the attempt stays, ``doubt_since`` set) or a known refusal
+        (the attempt is over; ``reason`` kept). The claim is released. ``kind``: of the attempt that ended (None: the
+        newest of this owner's); give it where several threads of one process may ask for one object."""
         ...
 
     def owe(self, rows: Sequence[tuple[str, bytes, OwedKind]], *, reason: str | None = None) -> None:
         """A member was found to lack (``install``), to be behind in (``set``), or to hold what it must not
-        (``destroy``): write free owed rows. An ``install``/``set`` for what is not live is ignored; copies stay."""
+        (``destroy``): write owed rows, free ones where there is none yet; attempts and claims of a row that is there
+        stay. An ``install``/``set`` for what has no record, and a ``destroy`` for what has one, are ignored (whether
+        an object is to be is decided for all members at once); copies stay."""
         ...
 
     def clear_doubt(self, member: str, uid: bytes) -> None:
-        """The late window is over (or the worker is proved dead) and the row was already brought to its end: forget
-        that something may come."""
+        """The late window is over, and the member was searched after it: attempts that were given up, and those of dead
+        owners, are over. A settled row with no attempt left is deleted; one that is not settled is owed as before."""
+        ...
+
+    def resolve_attempts(self, member: str, uid: bytes, numbers: Collection[int]) -> None:
+        """These attempts (by number) can no longer execute: the worker is proved dead and the module is local. As
+        ``clear_doubt`` otherwise."""
         ...
 
     # -- members -----------------------------------------------------------------------------------------
     def add_member(self, member: MemberRecord) -> int:
-        """List a member (``joining``): revision moves, and an owed ``install`` row is written for every live and creating
-        object. Returns the new membership revision."""
+        """List a member (as ``joining``): revision moves, and an owed ``install`` row is written for every live and
+        creating object. Returns the new membership revision. ValueError: there is one of that name."""
         ...
 
-    def remove_member(self, name: str) -> int: ...
+    def remove_member(self, name: str) -> int:
+        """With its copies, owed rows, logins and observations. ValueError: there is none of that name."""
+        ...
+
     def update_member(
         self,
         name: str,
@@ -244,7 +303,11 @@ class Journal(Protocol):
         reason: str | None = None,
         serial: str | None = None,
     ) -> int:
-        """Change what is given (``reason`` is stored whenever ``membership`` is given). Moves the membership revision."""
+        """Change what is given (``reason`` is stored whenever ``membership`` is). Moves the membership revision."""
+        ...
+
+    def set_member_facts(self, name: str, *, default_extractable: bool | None = None, low: int | None = None) -> None:
+        """What was learnt about a member, and moves no membership revision."""
         ...
 
     def barrier(self) -> int:
@@ -252,9 +315,10 @@ class Journal(Protocol):
         ...
 
     def admit(self, name: str, *, barrier: int, low: int, lease: Lease | None) -> list[OwedRow]:
-        """One transaction: if the member owes nothing from up to ``barrier`` (rows in doubt, and rows with a reason,
-        aside) it becomes ``admitted`` and ``[]`` is returned; else the rows that keep it out are returned and nothing
-        changes. ``low`` is stored as finished. Raises :class:`LeaseLost`."""
+        """One transaction: if the member owes nothing from up to ``barrier`` (rows with an outstanding attempt, and
+        rows with a reason, aside: they keep that object out, not the member) it becomes ``admitted`` and ``[]`` is
+        returned; else the rows that keep it out are returned and nothing changes. ``low`` is stored as finished.
+        Raises :class:`LeaseLost`; :class:`StaleMembership` for a member that is quarantined or not listed."""
         ...
 
     def manifest_confirmed(self, name: str, *, high: int, low: int | None = None) -> None:
@@ -263,7 +327,8 @@ class Journal(Protocol):
 
     # -- leases, owners ----------------------------------------------------------------------------------
     def acquire_lease(self, name: str, *, ttl: float) -> Lease | None:
-        """None while somebody else's has not run out (and its owner is alive). The token grows with each holder."""
+        """None while somebody else's has not run out (and its owner is alive). The token grows each time, for this
+        owner too: an older lease of its own is lost then."""
         ...
 
     def renew_lease(self, lease: Lease, *, ttl: float) -> Lease:
@@ -281,8 +346,8 @@ class Journal(Protocol):
         ...
 
     def adopt_intent(self, intent: str) -> Intent | None:
-        """Take over an intent whose owner is dead, by compare-and-set; with it the claims of that owner on its rows.
-        None: somebody else did, or it is closed."""
+        """Take over an intent whose owner is dead, by compare-and-set; with it the claims of that owner on its rows
+        (its attempts stay its own, in doubt). None: its owner lives (or is this one), or it is closed."""
         ...
 
     # -- observations, logins ----------------------------------------------------------------------------
@@ -294,12 +359,14 @@ class Journal(Protocol):
     def observations(self, member: str | None = None) -> list[Observation]: ...
     def begin_login(self, member: str, source: str, stamp: str, *, clear: bool) -> LoginRecord | None:
         """Serialise logins on one member: None, go on (``trying`` is durable); a record: why not (``refused`` with the
-        same source and stamp; or ``trying`` of a living owner: wait; or of a dead owner, unless ``clear`` says that
-        the token's USER_PIN_COUNT_LOW is off: counts as refused)."""
+        same source and stamp; or ``trying`` of a living owner, another thread of this one too: wait; or of a dead
+        owner, unless ``clear`` says that the token's USER_PIN_COUNT_LOW is off: counts as refused). Refusals are kept
+        for each source: another source's success does not clear them."""
         ...
 
     def end_login(self, member: str, state: LoginState | None) -> None:
-        """``accepted`` or ``refused``; None: no attempt was made or its outcome did not count (withdraw ``trying``)."""
+        """``accepted`` or ``refused``; None: no attempt was made or its outcome did not count (``trying`` is withdrawn,
+        and what was known before it stands again)."""
         ...
 
     def logins(self) -> list[LoginRecord]: ...
@@ -309,13 +376,33 @@ class Journal(Protocol):
 
     # -- events ------------------------------------------------------------------------------------------
     def event(
-        self, kind: str, text: str, *, member: str | None = None, data: Mapping[str, str] = {}
+        self, kind: str, text: str, *, member: str | None = None, data: Mapping[str, str] | None = None
     ) -> None: ...
-    def events(self, *, limit: int = 100, since: int = 0) -> list[Event]: ...
+    def events(self, *, limit: int = 100, since: int = 0) -> list[Event]:
+        """The newest ``limit`` events with a number above ``since``, oldest first."""
+        ...
 
     # -- group -------------------------------------------------------------------------------------------
     def fingerprint_twins(self, fingerprint: Fingerprint, locator: Locator) -> list[ObjectRecord]:
         """Live and creating objects with this very fingerprint and locator: nothing separates them on a member."""
         ...
 
-    def close(self) -> None: ...
+    def update_group(
+        self,
+        *,
+        label: str | None = None,
+        domain_key_id: bytes | None = None,
+        partition_key_id: bytes | None = None,
+        reference: bytes | None = None,
+    ) -> None:
+        """Change what is given (a rotated domain, another label)."""
+        ...
+
+    # -- this process ------------------------------------------------------------------------------------
+    def reopen_after_fork(self) -> None:
+        """In a forked child, before anything else: a new owner. All methods but ``view_number`` raise until then."""
+        ...
+
+    def close(self) -> None:
+        """Ends this owner. Idempotent."""
+        ...

@@ -124,8 +124,8 @@ class Database:
             ) from None
         if inode != self._inode:
             raise JournalMismatch(
-                f"the journal {self.path} was replaced by another file while in use: nothing was changed; put the right "
-                "one back, or restart and run `ha-admin journal adopt`"
+                f"the journal {self.path} was replaced by another file while in use: nothing was changed; put the "
+                "right one back, or restart and run `ha-admin journal adopt`"
             )
 
     # -- transactions --------------------------------------------------------------------------------------------
@@ -180,17 +180,12 @@ class Database:
 
     def _locked(self) -> JournalUnavailable:
         return JournalUnavailable(
-            f"the journal {self.path} has been locked by another process or thread for {self.busy_timeout:g} s: nothing "
-            "was changed; find who holds it (fuser) and try again"
+            f"the journal {self.path} has been locked by another process or thread for {self.busy_timeout:g} s: "
+            "nothing was changed; find who holds it (fuser) and try again"
         )
 
     def _unavailable(self, error: sqlite3.Error) -> JournalUnavailable:
-        code = getattr(error, "sqlite_errorcode", None)
-        primary = None if code is None else code & 0xFF
-        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return self._locked()
-        what, remedy = _MEANING.get(primary or -1, (str(error), "see the system's log"))
-        return JournalUnavailable(f"the journal {self.path} {what}: nothing was changed; {remedy}")
+        return self._locked() if _is_busy(error) else unavailable(self.path, error)
 
     # -- end, and forks ------------------------------------------------------------------------------------------
 
@@ -238,6 +233,7 @@ class Database:
 
 
 _MEANING: dict[int, tuple[str, str]] = {
+    sqlite3.SQLITE_BUSY: ("is locked by another process", "find who holds it (fuser) and try again"),
     sqlite3.SQLITE_FULL: ("cannot grow, its disk is full", "free some space, it then goes on by itself"),
     sqlite3.SQLITE_READONLY: ("cannot be written (read-only file or file system)", "make it writable"),
     sqlite3.SQLITE_CANTOPEN: ("cannot be opened", "look at the permissions of the file and its folder"),
@@ -245,6 +241,13 @@ _MEANING: dict[int, tuple[str, str]] = {
     sqlite3.SQLITE_CORRUPT: ("is damaged", "keep the file, and run `ha-admin journal rebuild`"),
     sqlite3.SQLITE_NOTADB: ("is not a journal, or is damaged", "correct [journal] url, or rebuild the journal"),
 }
+
+
+def unavailable(path: Path, error: sqlite3.Error) -> JournalUnavailable:
+    """What went wrong, where, and what to do."""
+    code = getattr(error, "sqlite_errorcode", None)
+    what, remedy = _MEANING.get(-1 if code is None else code & 0xFF, (f"failed ({error})", "look at the system's log"))
+    return JournalUnavailable(f"the journal {path} {what}: nothing was changed; {remedy}")
 
 
 def _is_busy(error: sqlite3.Error) -> bool:
@@ -267,6 +270,4 @@ def _after_fork_in_child() -> None:
         database.after_fork_in_child()
 
 
-os.register_at_fork(
-    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -57,6 +57,4 @@ class Mirror:
 
     def drop(self, uid: bytes) -> None:
         """The object was destroyed: its record goes, that it was there stays."""
-        self._write(
-            "INSERT INTO records VALUES (?, 0, NULL) ON CONFLICT (uid) DO UPDATE SET record = NULL", [(uid,)]
-        )
+        self._write("INSERT INTO records VALUES (?, 0, NULL) ON CONFLICT (uid) DO UPDATE SET record = NULL", [(uid,)])

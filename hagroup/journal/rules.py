@@ -181,9 +181,7 @@ def _refused(
     return Outcome(row=after, accepted=False)
 
 
-def _destroy_confirmed(
-    row: OwedRow | None, said: Confirmation, state: Situation, asker: Asker, change: int
-) -> Outcome:
+def _destroy_confirmed(row: OwedRow | None, said: Confirmation, state: Situation, asker: Asker, change: int) -> Outcome:
     record = state.record
     if row is None:
         if record is None:

@@ -21,6 +21,7 @@ SCHEMA = """
 CREATE TABLE head (
     only                INTEGER PRIMARY KEY CHECK (only = 1),
     epoch               TEXT    NOT NULL,
+    boot                TEXT    NOT NULL,  -- boot times in this file are of this boot
     membership_revision INTEGER NOT NULL,
     change              INTEGER NOT NULL,  -- newest change number
     view                INTEGER NOT NULL,  -- newest view number
@@ -140,7 +141,6 @@ CREATE TABLE leases (
     name    TEXT PRIMARY KEY,
     owner   TEXT,              -- NULL: given back; the token stays
     token   INTEGER NOT NULL,
-    boot    TEXT    NOT NULL,
     expires REAL    NOT NULL
 ) STRICT, WITHOUT ROWID;
 
@@ -150,7 +150,6 @@ CREATE TABLE logins (
     stamp     TEXT NOT NULL,
     state     TEXT NOT NULL,
     owner     TEXT NOT NULL,
-    boot      TEXT NOT NULL,
     boot_time REAL NOT NULL,
     before    BLOB,            -- while trying: what to go back to if no attempt was made
     PRIMARY KEY (member, source)
@@ -162,7 +161,6 @@ CREATE TABLE observations (
     site      TEXT,
     ok        INTEGER NOT NULL,
     kind      TEXT    NOT NULL,
-    boot      TEXT    NOT NULL,
     boot_time REAL    NOT NULL,
     PRIMARY KEY (member, observer)
 ) STRICT, WITHOUT ROWID;

@@ -186,6 +186,14 @@ class Connection(Protocol):
         """Orderly end: the call in progress is finished, then C_Finalize."""
         ...
 
+    def outstanding(self) -> list[float]:
+        """Deadlines (monotonic clock) of the calls in progress."""
+        ...
+
+    def abandon_after_fork(self) -> None:
+        """In a forked child: drop what is inherited, without a word to the parent's worker."""
+        ...
+
     def kill(self) -> None:
         """At once: SIGKILL for a worker process; a module in this process is abandoned. Idempotent."""
         ...

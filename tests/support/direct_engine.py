@@ -17,7 +17,6 @@ from hagroup.engine.api import MemberSlot, VirtualToken
 from hagroup.members.api import Connection, MechanismInfo
 
 _TOKEN = 1
-_PRIVATE = 2
 _ID = 0x102
 _TIMEOUT = 60.0
 
@@ -71,12 +70,16 @@ class DirectSession:
         if not self._open:
             return
         self._open = False
+        self._destroy_session_objects()
+
+    def _destroy_session_objects(self) -> None:
         for uid in self._made:
             try:
                 self._group.connection.destroy(self._group.handle(uid), timeout=_TIMEOUT)
             except Ckr:
-                pass  # destroyed already, or private and logged out
+                pass  # destroyed already, or ended with a logout
             self._group.forget(uid)
+        self._made.clear()
 
     # -- login
     def login(self, user_type: int, pin: bytes) -> None:
@@ -85,18 +88,10 @@ class DirectSession:
 
     def logout(self) -> None:
         connection = self._use()
-        for uid in list(self._made):
-            try:
-                handle = self._group.handle(uid)
-                values, _ = connection.get(handle, [_PRIVATE], timeout=_TIMEOUT)
-                if values.get(_PRIVATE) != b"\0":
-                    connection.destroy(handle, timeout=_TIMEOUT)
-                    self._made.remove(uid)
-            except Ckr:
-                pass
+        self._destroy_session_objects()  # the public ones too: the generation moves, and their handles with it
         connection.logout(timeout=_TIMEOUT)
         self._group.state = None
-        self._group.forget_all(except_for=self._made)
+        self._group.forget_all()
 
     def set_pin(self, old: bytes, new: bytes) -> None:
         self._use().set_pin(old, new, timeout=_TIMEOUT)
@@ -254,9 +249,10 @@ class DirectGroup:
             if handle is not None:
                 del self._uids[handle]
 
-    def forget_all(self, *, except_for: Sequence[bytes]) -> None:
-        for uid in [uid for uid in self._handles if uid not in except_for]:
-            self.forget(uid)
+    def forget_all(self) -> None:
+        with self._lock:
+            self._handles.clear()
+            self._uids.clear()
 
     # -- the group
     @property

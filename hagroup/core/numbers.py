@@ -1,0 +1,158 @@
+"""Numbers of PKCS#11 (v2.40, with what 3.0 and 3.2 add) that the engine decides by."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class CKA(IntEnum):
+    """Attribute types."""
+
+    CLASS = 0x000
+    TOKEN = 0x001
+    PRIVATE = 0x002
+    LABEL = 0x003
+    UNIQUE_ID = 0x004
+    APPLICATION = 0x010
+    VALUE = 0x011
+    OBJECT_ID = 0x012
+    CERTIFICATE_TYPE = 0x080
+    ISSUER = 0x081
+    SERIAL_NUMBER = 0x082
+    AC_ISSUER = 0x083
+    OWNER = 0x084
+    ATTR_TYPES = 0x085
+    TRUSTED = 0x086
+    CERTIFICATE_CATEGORY = 0x087
+    JAVA_MIDP_SECURITY_DOMAIN = 0x088
+    URL = 0x089
+    HASH_OF_SUBJECT_PUBLIC_KEY = 0x08A
+    HASH_OF_ISSUER_PUBLIC_KEY = 0x08B
+    NAME_HASH_ALGORITHM = 0x08C
+    CHECK_VALUE = 0x090
+    KEY_TYPE = 0x100
+    SUBJECT = 0x101
+    ID = 0x102
+    SENSITIVE = 0x103
+    ENCRYPT = 0x104
+    DECRYPT = 0x105
+    WRAP = 0x106
+    UNWRAP = 0x107
+    SIGN = 0x108
+    SIGN_RECOVER = 0x109
+    VERIFY = 0x10A
+    VERIFY_RECOVER = 0x10B
+    DERIVE = 0x10C
+    START_DATE = 0x110
+    END_DATE = 0x111
+    MODULUS = 0x120
+    MODULUS_BITS = 0x121
+    PUBLIC_EXPONENT = 0x122
+    PRIVATE_EXPONENT = 0x123
+    PRIME_1 = 0x124
+    PRIME_2 = 0x125
+    EXPONENT_1 = 0x126
+    EXPONENT_2 = 0x127
+    COEFFICIENT = 0x128
+    PUBLIC_KEY_INFO = 0x129
+    PRIME = 0x130
+    SUBPRIME = 0x131
+    BASE = 0x132
+    PRIME_BITS = 0x133
+    SUBPRIME_BITS = 0x134
+    VALUE_BITS = 0x160
+    VALUE_LEN = 0x161
+    EXTRACTABLE = 0x162
+    LOCAL = 0x163
+    NEVER_EXTRACTABLE = 0x164
+    ALWAYS_SENSITIVE = 0x165
+    KEY_GEN_MECHANISM = 0x166
+    MODIFIABLE = 0x170
+    COPYABLE = 0x171
+    DESTROYABLE = 0x172
+    EC_PARAMS = 0x180
+    EC_POINT = 0x181
+    ALWAYS_AUTHENTICATE = 0x202
+    WRAP_WITH_TRUSTED = 0x210
+    GOSTR3410_PARAMS = 0x250
+    GOSTR3411_PARAMS = 0x251
+    GOST28147_PARAMS = 0x252
+    PARAMETER_SET = 0x61D
+    ENCAPSULATE_TEMPLATE = 0x62A
+    DECAPSULATE_TEMPLATE = 0x62B
+    ENCAPSULATE = 0x633
+    DECAPSULATE = 0x634
+    SEED = 0x637
+    WRAP_TEMPLATE = 0x40000211
+    UNWRAP_TEMPLATE = 0x40000212
+    DERIVE_TEMPLATE = 0x40000213
+    ALLOWED_MECHANISMS = 0x40000600
+
+
+CKA_VENDOR_DEFINED = 0x80000000
+
+
+class CKO(IntEnum):
+    """Object classes."""
+
+    DATA = 0
+    CERTIFICATE = 1
+    PUBLIC_KEY = 2
+    PRIVATE_KEY = 3
+    SECRET_KEY = 4
+    HW_FEATURE = 5
+    DOMAIN_PARAMETERS = 6
+    MECHANISM = 7
+    OTP_KEY = 8
+
+
+class CKK(IntEnum):
+    """Key types."""
+
+    RSA = 0x00
+    DSA = 0x01
+    DH = 0x02
+    EC = 0x03
+    X9_42_DH = 0x04
+    GENERIC_SECRET = 0x10
+    DES = 0x13
+    DES2 = 0x14
+    DES3 = 0x15
+    AES = 0x1F
+    GOSTR3410 = 0x30
+    EC_EDWARDS = 0x40
+    EC_MONTGOMERY = 0x41
+    HSS = 0x46
+    XMSS = 0x47
+    XMSSMT = 0x48
+    ML_KEM = 0x49
+    ML_DSA = 0x4A
+    SLH_DSA = 0x4B
+
+
+class CKM(IntEnum):
+    """Mechanisms that the engine itself uses."""
+
+    RSA_PKCS_KEY_PAIR_GEN = 0x0000
+    RSA_PKCS = 0x0001
+    RSA_X_509 = 0x0003
+    SHA1_RSA_PKCS = 0x0006
+    RSA_PKCS_OAEP = 0x0009
+    RSA_PKCS_PSS = 0x000D
+    SHA256_RSA_PKCS = 0x0040
+    SHA384_RSA_PKCS = 0x0041
+    SHA512_RSA_PKCS = 0x0042
+    SHA256_RSA_PKCS_PSS = 0x0043
+    SHA_1 = 0x0220
+    SHA256 = 0x0250
+    AES_KEY_GEN = 0x1080
+    AES_GCM = 0x1087
+    AES_KEY_WRAP_PAD = 0x210A
+
+
+class CKU(IntEnum):
+    """User types of C_Login."""
+
+    SO = 0
+    USER = 1
+    CONTEXT_SPECIFIC = 2

@@ -1,0 +1,80 @@
+"""The sealed record of an object, kept beside it on the member's token: the second place of G1 (DESIGN.md 4.2).
+
+A lost journal is rebuilt from these into a group that still replicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from hagroup.core.attributes import CKA, CKO, pack_bool, pack_ulong
+from hagroup.core.calls import Ckr, Handle, Template
+from hagroup.core.ckr import CKR
+from hagroup.core.records import ObjectRecord
+from hagroup.engine.domain_keys import DomainKeys, IntegrityAlarm, open_data, seal_data
+from hagroup.engine.token_contents import APPLICATION, find_all
+from hagroup.members.api import Connection
+
+_LABEL = "hagroup:object:"
+
+
+def _label(uid: bytes, revision: int) -> bytes:
+    return f"{_LABEL}{uid.hex()}:{revision}".encode()
+
+
+def _purpose(uid: bytes) -> bytes:
+    return b"object:" + uid
+
+
+def _find(connection: Connection, template: Template, *, timeout: float) -> list[Handle]:
+    own: Template = [(int(CKA.CLASS), pack_ulong(CKO.DATA)), (int(CKA.APPLICATION), APPLICATION)]
+    return find_all(connection, [*own, *template], timeout=timeout)
+
+
+def store_record(connection: Connection, keys: DomainKeys, record: ObjectRecord, *, timeout: float) -> None:
+    """Put the record there. CKA_OBJECT_ID is the UID, so that one search finds all revisions."""
+    sealed = seal_data(connection, keys, _purpose(record.uid), msgspec.msgpack.encode(record), timeout=timeout)
+    connection.create(
+        [
+            (int(CKA.CLASS), pack_ulong(CKO.DATA)),
+            (int(CKA.TOKEN), pack_bool(True)),
+            (int(CKA.PRIVATE), pack_bool(True)),
+            (int(CKA.APPLICATION), APPLICATION),
+            (int(CKA.OBJECT_ID), record.uid),
+            (int(CKA.LABEL), _label(record.uid, record.revision)),
+            (int(CKA.VALUE), sealed),
+        ],
+        timeout=timeout,
+    )
+
+
+def drop_records(connection: Connection, uid: bytes, *, timeout: float, but: int | None = None) -> None:
+    """Destroy the records of an object; all, or all but one of one revision."""
+    kept = False
+    for handle in _find(connection, [(int(CKA.OBJECT_ID), uid)], timeout=timeout):
+        try:
+            if but is not None and not kept:
+                values, _ = connection.get(handle, [int(CKA.LABEL)], timeout=timeout)
+                if values.get(CKA.LABEL) == _label(uid, but):
+                    kept = True
+                    continue
+            connection.destroy(handle, timeout=timeout)
+        except Ckr as error:
+            if error.rv != CKR.OBJECT_HANDLE_INVALID:  # somebody was faster
+                raise
+
+
+def stored_records(connection: Connection, keys: DomainKeys, *, timeout: float) -> Iterator[ObjectRecord]:
+    """Every authentic record on the token, in no order; older revisions too."""
+    for handle in _find(connection, [], timeout=timeout):
+        values, _ = connection.get(handle, [int(CKA.LABEL), int(CKA.OBJECT_ID), int(CKA.VALUE)], timeout=timeout)
+        if not values.get(CKA.LABEL, b"").startswith(_LABEL.encode()):
+            continue
+        try:
+            purpose = _purpose(values.get(CKA.OBJECT_ID, b""))
+            data = open_data(connection, keys, purpose, values.get(CKA.VALUE, b""), timeout=timeout)
+            yield msgspec.msgpack.decode(data, type=ObjectRecord)
+        except (IntegrityAlarm, msgspec.DecodeError):
+            continue  # not ours, or damaged: another member has it
