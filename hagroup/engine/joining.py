@@ -4,8 +4,8 @@ The keys travel by RSA-OAEP to a transport key pair that the newcomer made. OAEP
 key's fingerprint is compared before and the keys' fingerprints after; then a challenge proves both keys both ways.
 
 Once they are token objects, the keys can be wrapped only by a TRUSTED key, which only the security officer of that
-member can make: two people. Where a member does not enforce that, or if the domain is *sealed*, they cannot be wrapped at
-all, and later members need the shares.
+member can make: two people. Where a member does not enforce that, or if the domain is *sealed*, they cannot be wrapped
+at all, and later members need the shares.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ import msgspec
 from hagroup.core.attributes import CKA, CKK, CKM, CKO, pack_bool, pack_ulong
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle, Mechanism, MemberGone, SessionId, Template, WorkerFault
 from hagroup.core.ckr import CKR
-from hagroup.core.records import ObjectRecord, ObjectState
-from hagroup.engine.domain import open_envelope, seal
+from hagroup.engine.challenge import NO_DIGEST, DomainMember, challenge
 from hagroup.engine.domain_keys import (
-    CARRIER,
     DOMAIN_LABEL,
     PARTITION_LABEL,
     DomainKeys,
-    IntegrityAlarm,
     scratch_session,
     throw_away_key,
 )
+from hagroup.engine.enforcement import Enforcement, probe_enforcement
 from hagroup.engine.proof import public_digest
 from hagroup.engine.token_contents import TRANSPORT_LABEL, find_all
 from hagroup.errors import DomainMismatch
@@ -39,69 +37,6 @@ _TRANSPORT_BITS = 3072
 _OAEP: Mechanism = (int(CKM.RSA_PKCS_OAEP), ["oaep", int(CKM.SHA_1), 1, None])
 """SHA-1 without a label: the one form that SoftHSM has. OAEP does not need its hash to be free of collisions."""
 _SHA256: Mechanism = (int(CKM.SHA256), None)
-_NO_DIGEST = (CKR.KEY_INDIGESTIBLE, CKR.FUNCTION_NOT_SUPPORTED, CKR.MECHANISM_INVALID)
-
-
-class Enforcement(msgspec.Struct, frozen=True):
-    """What a member enforces, found by trying."""
-
-    wrap_with_trusted: bool
-    """A WRAP_WITH_TRUSTED key cannot be wrapped by a key that is not TRUSTED."""
-    unwrap_template: bool
-    """What a key with UNWRAP_TEMPLATE {SENSITIVE: true} unwraps is SENSITIVE."""
-    fixed: bool
-    """A key with MODIFIABLE = false cannot be given DECRYPT."""
-
-
-def probe_enforcement(connection: Connection, wrap_mechanism: int, *, timeout: float) -> Enforcement:
-    """Try, with throw-away keys, what the protection of the domain's keys rests on."""
-    wrap: Mechanism = (int(wrap_mechanism), None)
-    generate: Mechanism = (int(CKM.AES_KEY_GEN), None)
-    length = (int(CKA.VALUE_LEN), pack_ulong(32))
-    with scratch_session(connection, timeout=timeout) as sid:
-        plain = throw_away_key(connection, sid=sid, timeout=timeout)
-
-        def refused(attributes: Template, attempt: str) -> bool:
-            try:
-                template: Template = [*CARRIER, length, *attributes]
-                key = connection.generate(generate, template, sid=sid, timeout=timeout)
-                if attempt == "wrap":
-                    connection.wrap(wrap, plain, key, sid=sid, timeout=timeout)
-                elif attempt == "set":
-                    connection.set(key, [(int(CKA.LABEL), b"x")], sid=sid, timeout=timeout)
-            except Ckr:
-                return True
-            return False
-
-        trusted: Template = [(int(CKA.WRAP_WITH_TRUSTED), pack_bool(True))]
-        fixed: Template = [(int(CKA.MODIFIABLE), pack_bool(False))]
-        return Enforcement(
-            wrap_with_trusted=not refused(trusted, "make") and refused(trusted, "wrap"),
-            unwrap_template=_enforces_unwrap_template(connection, wrap, plain, sid=sid, timeout=timeout),
-            fixed=not refused(fixed, "make") and refused(fixed, "set"),
-        )
-
-
-def _enforces_unwrap_template(
-    connection: Connection, wrap: Mechanism, key: Handle, *, sid: SessionId, timeout: float
-) -> bool:
-    restricted: Template = [
-        *CARRIER,
-        (int(CKA.VALUE_LEN), pack_ulong(32)),
-        (int(CKA.UNWRAP_TEMPLATE), [(int(CKA.SENSITIVE), pack_bool(True))]),
-    ]
-    clear = [item for item in CARRIER if item[0] != CKA.SENSITIVE]
-    try:
-        unwrapping = connection.generate((int(CKM.AES_KEY_GEN), None), restricted, sid=sid, timeout=timeout)
-        wrapped = connection.wrap(wrap, unwrapping, key, sid=sid, timeout=timeout)
-    except Ckr:
-        return False
-    try:
-        template: Template = [*clear, (int(CKA.SENSITIVE), pack_bool(False))]
-        connection.unwrap(wrap, unwrapping, wrapped, template, sid=sid, timeout=timeout)
-    except Ckr:
-        return True
-    return False
 
 
 # -- the keys' templates -----------------------------------------------------------------------------------------------
@@ -133,14 +68,6 @@ def _final(label: bytes, key_id: bytes, *, sealed: bool, enforcement: Enforcemen
     if domain and enforcement.unwrap_template:
         template.append((int(CKA.UNWRAP_TEMPLATE), [(int(CKA.SENSITIVE), pack_bool(True))]))
     return [*template, (int(CKA.COPYABLE), pack_bool(False)), (int(CKA.MODIFIABLE), pack_bool(False))]
-
-
-class Newcomer(msgspec.Struct, frozen=True, kw_only=True):
-    """A member that gets the keys; its user is logged in."""
-
-    connection: Connection
-    name: str
-    wrap_mechanism: int = CKM.AES_KEY_WRAP_PAD
 
 
 class _Transport(msgspec.Struct, frozen=True):
@@ -202,7 +129,7 @@ def _check_transport(
 
 
 def _receive(
-    newcomer: Newcomer,
+    newcomer: DomainMember,
     transport: _Transport,
     wrapped: Sequence[bytes],
     ids: tuple[bytes, bytes],
@@ -259,7 +186,7 @@ def _compare(a: Connection, first: Sequence[Handle], b: Connection, second: Doma
             ours = a.digest(_SHA256, [salt, one], timeout=timeout)
             theirs = b.digest(_SHA256, [salt, other], timeout=timeout)
         except Ckr as error:
-            if error.rv in _NO_DIGEST:
+            if error.rv in NO_DIGEST:
                 return  # the challenge that follows says the same in another way
             raise
         if ours != theirs:
@@ -269,7 +196,7 @@ def _compare(a: Connection, first: Sequence[Handle], b: Connection, second: Doma
 # -- making a domain ---------------------------------------------------------------------------------------------------
 
 
-def generate_domain(members: Sequence[Newcomer], *, sealed: bool, timeout: float) -> list[DomainKeys]:
+def generate_domain(members: Sequence[DomainMember], *, sealed: bool, timeout: float) -> list[DomainKeys]:
     """Make a new domain on these members at once, in the same order; nothing stays where it fails on one.
 
     The keys are generated as session objects in the first member and go, from there, to every member alike: so a sealed
@@ -277,7 +204,7 @@ def generate_domain(members: Sequence[Newcomer], *, sealed: bool, timeout: float
     """
     source = members[0].connection
     ids = (os.urandom(KEY_ID_LENGTH), os.urandom(KEY_ID_LENGTH))
-    done: list[tuple[Newcomer, DomainKeys]] = []
+    done: list[tuple[DomainMember, DomainKeys]] = []
     with scratch_session(source, timeout=timeout) as sid:
         drafts = [throw_away_key(source, sid=sid, timeout=timeout) for _ in ids]
         try:
@@ -301,7 +228,7 @@ def generate_domain(members: Sequence[Newcomer], *, sealed: bool, timeout: float
 
 
 def import_domain(
-    member: Newcomer,
+    member: DomainMember,
     domain_secret: bytes,
     partition_secret: bytes,
     ids: tuple[bytes, bytes],
@@ -309,7 +236,7 @@ def import_domain(
     sealed: bool,
     timeout: float,
 ) -> DomainKeys:
-    """Make the keys from secrets that people put together from their shares: said plainly, these are in the host then."""
+    """Make the keys from secrets that people put together from shares: said plainly, these are in the host then."""
     connection = member.connection
     enforcement = probe_enforcement(connection, member.wrap_mechanism, timeout=timeout)
     made: list[Handle] = []
@@ -326,10 +253,10 @@ def import_domain(
 
 
 def join_domain(
-    source: Newcomer,
+    source: DomainMember,
     source_keys: DomainKeys,
     source_officer: Connection,
-    newcomer: Newcomer,
+    newcomer: DomainMember,
     *,
     timeout: float,
 ) -> DomainKeys:
@@ -343,6 +270,8 @@ def join_domain(
         transport = _make_transport(newcomer.connection, sid, timeout=timeout)
         # A session object of the officer's process would not show in the user's: so it is on the token for a moment.
         template = transport.public_template(token=True, trusted=True)
+        leftovers = find_all(source_officer, [(int(CKA.LABEL), TRANSPORT_LABEL)], timeout=timeout)
+        drop(source_officer, leftovers, timeout=timeout)
         officers = source_officer.create(template, timeout=timeout)
         try:
             public = _trusted(connection, transport, timeout=timeout)
@@ -390,93 +319,3 @@ def _trusted(connection: Connection, transport: _Transport, *, timeout: float) -
         )
     _check_transport(connection, found[0], transport, timeout=timeout)
     return found[0]
-
-
-# -- proving that two members share a domain ---------------------------------------------------------------------------
-
-_TRIAL_UID = b"hagroup trial".ljust(16, b"\0")
-
-
-def _trial_record(attributes: dict[int, bytes], envelope: bytes | None = None) -> ObjectRecord:
-    return ObjectRecord(
-        uid=_TRIAL_UID,
-        object_class=CKO.SECRET_KEY,
-        key_type=CKK.AES,
-        state=ObjectState.LIVE,
-        revision=0,
-        attributes=attributes,
-        envelope=envelope,
-    )
-
-
-def _digest(connection: Connection, sid: SessionId, salt: bytes, key: Handle, *, timeout: float) -> bytes:
-    """Empty where the member cannot."""
-    try:
-        return connection.digest(_SHA256, [salt, key], sid=sid, timeout=timeout)
-    except Ckr as error:
-        if error.rv in _NO_DIGEST:
-            return b""
-        raise
-
-
-def reference_envelope(connection: Connection, keys: DomainKeys, *, timeout: float) -> bytes:
-    """An envelope of a throw-away key, with what tells that it was opened right: opens only with both keys (G9)."""
-    salt = os.urandom(16)
-    with scratch_session(connection, timeout=timeout) as sid:
-        key = throw_away_key(connection, sid=sid, timeout=timeout)
-        digest = _digest(connection, sid, salt, key, timeout=timeout)
-        attributes = {int(CKA.LABEL): salt, int(CKA.CHECK_VALUE): digest}
-        envelope = seal(
-            connection,
-            keys,
-            sid,
-            key,
-            uid=_TRIAL_UID,
-            revision=0,
-            object_class=CKO.SECRET_KEY,
-            key_type=CKK.AES,
-            attributes=attributes,
-            timeout=timeout,
-        )
-    return msgspec.msgpack.encode([salt, digest, envelope])
-
-
-def open_reference(connection: Connection, keys: DomainKeys, reference: bytes, *, timeout: float) -> None:
-    """Prove a member's keys by a reference envelope.
-
-    :raises DomainMismatch: a key of the domain differs; the text says which.
-    """
-    try:
-        salt, digest, envelope = msgspec.msgpack.decode(reference, type=tuple[bytes, bytes, bytes])
-    except msgspec.DecodeError:
-        raise IntegrityAlarm("the reference envelope is damaged") from None
-    record = _trial_record({int(CKA.LABEL): salt, int(CKA.CHECK_VALUE): digest}, envelope)
-    with scratch_session(connection, timeout=timeout) as sid:
-        try:
-            key = open_envelope(connection, keys, sid, record, CARRIER, timeout=timeout)
-        except IntegrityAlarm as error:
-            raise DomainMismatch(
-                "the partition secret differs: the outer layer of an envelope that a member of the group made does not "
-                "open on this one"
-            ) from error
-        found = _digest(connection, sid, salt, key, timeout=timeout)
-    if digest and found and found != digest:
-        raise DomainMismatch("the domain key differs: an envelope opens on this member to another key")
-
-
-def challenge(one: Newcomer, one_keys: DomainKeys, other: Newcomer, other_keys: DomainKeys, *, timeout: float) -> None:
-    """Prove that two members share both secrets: each opens what the other sealed.
-
-    :raises DomainMismatch: they do not; the text says which members and which secret (T 3.4.12, T 3.4.13).
-    """
-    for sender, sender_keys, receiver, receiver_keys in (
-        (one, one_keys, other, other_keys),
-        (other, other_keys, one, one_keys),
-    ):
-        reference = reference_envelope(sender.connection, sender_keys, timeout=timeout)
-        try:
-            open_reference(receiver.connection, receiver_keys, reference, timeout=timeout)
-        except DomainMismatch as error:
-            raise DomainMismatch(
-                f'member "{receiver.name}" does not share the domain of member "{sender.name}": {error}'
-            ) from error

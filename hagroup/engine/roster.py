@@ -16,6 +16,7 @@ from hagroup.core.records import MemberRecord, Membership, Observation, Role
 from hagroup.core.selection import choose
 from hagroup.core.states import Event, State
 from hagroup.engine import manifest
+from hagroup.engine.challenge import open_reference
 from hagroup.engine.domain import find_domain
 from hagroup.engine.login import APPLICATION, PIN_ERRORS, PinStore, log_in
 from hagroup.engine.member import Life, Member
@@ -355,7 +356,7 @@ class Roster:
         self.find_keys(member, life)
 
     def find_keys(self, member: Member, life: Life) -> None:
-        """After a login: the domain's keys, and what the member's manifest says (DESIGN.md 4.6)."""
+        """After a login: the domain's keys (G9: the member proves both secrets), and what the member's manifest says (DESIGN.md 4.6)."""
         group = self.view.group
         life.keys = find_domain(
             life.connection,
@@ -364,6 +365,7 @@ class Roster:
             member.config.wrap_mechanism,
             timeout=self.config.timeouts.call,
         )
+        open_reference(life.connection, life.keys, group.reference, timeout=self.config.timeouts.call)
         manifest.check(self.journal, self.view, member, life, timeout=self.config.timeouts.call)
 
     # -- background ----------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Everything that can be refused is refused before anything is changed; what fails
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,10 @@ from hagroup.core.attributes import CKA, CKM, CKO, pack_bool, pack_ulong, unpack
 from hagroup.core.calls import Ckr, DeadlinePassed, Template
 from hagroup.core.clock import Clock
 from hagroup.core.records import MemberRecord, Membership
-from hagroup.engine import domain, manifest
+from hagroup.engine import manifest
+from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
+from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
+from hagroup.engine.joining import generate_domain, join_domain
 from hagroup.engine.login import CKU_SO, CKU_USER, PIN_ERRORS
 from hagroup.engine.member import Life
 from hagroup.engine.roster import CONNECTION_LOST, open_life
@@ -106,65 +108,64 @@ def _check(config: GroupConfig, lives: Mapping[str, Life], *, timeout: float) ->
         )
 
 
+def _held_keys(member: DomainMember, *, timeout: float) -> DomainKeys | None:
+    """The keys of a domain that the member belongs to already; None: of none."""
+    found: dict[bytes, list[tuple[int, bytes]]] = {DOMAIN_LABEL: [], PARTITION_LABEL: []}
+    for label, keys in found.items():
+        template: Template = [
+            (CKA.CLASS, pack_ulong(CKO.SECRET_KEY)),
+            (CKA.TOKEN, pack_bool(True)),
+            (CKA.LABEL, label),
+        ]
+        for handle in member.connection.find(template, timeout=timeout):
+            values, _ = member.connection.get(handle, [CKA.ID], timeout=timeout)
+            keys.append((handle, values.get(CKA.ID, b"")))
+    counts = [len(keys) for keys in found.values()]
+    if counts == [0, 0]:
+        return None
+    if counts != [1, 1]:
+        raise DomainMismatch(
+            f'member "{member.name}" holds {counts[0]} domain keys and {counts[1]} partition keys instead of one each '
+            "(left by a group that was not removed whole); destroy them with the member's own tools; nothing was changed"
+        )
+    (domain_key, domain_id), (partition_key, partition_id) = found[DOMAIN_LABEL][0], found[PARTITION_LABEL][0]
+    return DomainKeys(
+        domain=domain_key,
+        partition=partition_key,
+        domain_key_id=domain_id,
+        partition_key_id=partition_id,
+        wrap_mechanism=member.wrap_mechanism,
+    )
+
+
 def _domain(
     config: GroupConfig, lives: Mapping[str, Life], so_pin: Pin, *, sealed: bool, timeout: float
-) -> dict[str, domain.DomainKeys]:
+) -> dict[str, DomainKeys]:
     """The same two keys on every member: those that members hold already, or new ones."""
-    present: dict[str, domain.DomainKeys] = {}
-    for member in config.members:
-        held = domain.held_keys(lives[member.name].connection, member.wrap_mechanism, timeout=timeout)
-        if held is not None:
-            present[member.name] = held
-    names = list(present)
-    for name in names[1:]:
+    members = [
+        DomainMember(
+            connection=lives[member.name].connection, name=member.name, wrap_mechanism=member.wrap_mechanism
+        )
+        for member in config.members
+    ]
+    present = {member.name: keys for member in members if (keys := _held_keys(member, timeout=timeout)) is not None}
+    if not present:
+        made = generate_domain(members, sealed=sealed, timeout=timeout)
+        return {member.name: keys for member, keys in zip(members, made, strict=True)}
+    holders = [member for member in members if member.name in present]
+    for other in holders[1:]:
+        challenge(holders[0], present[holders[0].name], other, present[other.name], timeout=timeout)
+    newcomers = [member for member in members if member.name not in present]
+    if newcomers:
+        first = next(member for member in config.members if member.name == holders[0].name)
+        officer = _officer(first, lives[first.name], so_pin, timeout=timeout)
         try:
-            domain.challenge(
-                lives[names[0]].connection, present[names[0]], lives[name].connection, present[name], timeout=timeout
-            )
-        except DomainMismatch as error:
-            raise DomainMismatch(
-                f'members "{names[0]}" and "{name}" hold keys of different cloning domains: {error}; nothing was changed'
-            ) from error
-    newcomers = [member for member in config.members if member.name not in present]
-    if not newcomers:
-        return present
-    made: list[str] = []
-    try:
-        if not present:
-            first = newcomers.pop(0)
-            made.append(first.name)
-            present[first.name] = domain.generate_domain(
-                lives[first.name].connection, first.wrap_mechanism, sealed=False, timeout=timeout
-            )
-        if newcomers:
-            source = next(member for member in config.members if member.name in present)
-            officer = _officer(source, lives[source.name], so_pin, timeout=timeout)
-            try:
-                for member in newcomers:
-                    made.append(member.name)
-                    present[member.name] = domain.join_domain(
-                        lives[source.name].connection,
-                        present[source.name],
-                        officer.connection,
-                        lives[member.name].connection,
-                        member.wrap_mechanism,
-                        sealed=sealed,
-                        timeout=timeout,
-                    )
-                    domain.challenge(
-                        lives[source.name].connection,
-                        present[source.name],
-                        lives[member.name].connection,
-                        present[member.name],
-                        timeout=timeout,
-                    )
-            finally:
-                officer.connection.close()
-    except BaseException:
-        for name in made:
-            with contextlib.suppress(Ckr, DeadlinePassed, *CONNECTION_LOST):
-                domain.destroy_domain(lives[name].connection, timeout=timeout)
-        raise
+            for member in newcomers:
+                present[member.name] = join_domain(
+                    holders[0], present[first.name], officer.connection, member, timeout=timeout
+                )
+        finally:
+            officer.connection.close()
     return present
 
 
@@ -185,7 +186,7 @@ def _officer(member: MemberConfig, life: Life, so_pin: Pin, *, timeout: float) -
 def _record(
     config: GroupConfig,
     lives: Mapping[str, Life],
-    keys: Mapping[str, domain.DomainKeys],
+    keys: Mapping[str, DomainKeys],
     clock: Clock,
     *,
     timeout: float,
@@ -193,7 +194,7 @@ def _record(
     assert isinstance(config.journal.url, SqliteUrl)
     serial = f"{secrets.randbelow(90_000_000) + 10_000_000}"
     first = config.members[0]
-    reference = domain.reference_envelope(lives[first.name].connection, keys[first.name], timeout=timeout)
+    reference = reference_envelope(lives[first.name].connection, keys[first.name], timeout=timeout)
     members = [
         MemberRecord(
             name=member.name,
