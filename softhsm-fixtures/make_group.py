@@ -65,8 +65,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--module", type=Path, help="module of all members (default: SoftHSM's, where Debian has it)")
     parser.add_argument("--min-replicas", type=int, help="default 2, or 1 for a group of one")
     parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="more environment of every member's module; "
-        "{dir} stands for the member's folder",
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="more environment of every member's module; {dir} stands for the member's folder",
     )
     parser.add_argument("--no-pin-sources", action="store_true", help="do not name the PIN files in hagroup.toml")
     return parser.parse_args()

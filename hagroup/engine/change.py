@@ -164,10 +164,10 @@ class Changer:
         record = item.record
         while True:
             self._group.follow()
+            self._group.replication.refuse_if_degraded()
             targets = {member.name: (member, life) for member, life in self._group.replication.targets()}
             if not targets:
                 raise GroupUnavailable("no member is usable now: nothing was destroyed")
-            self._group.replication.refuse_if_degraded()
             asking = [Asking(member=name, worker=life.worker) for name, (_, life) in targets.items()]
             try:
                 tombstone, rows = self._journal.destroy(

@@ -256,7 +256,7 @@ class Maker:
             shared = drafts[0].uid
             drafts = [Draft(draft.uid, _with_id(draft.template, shared)) for draft in drafts]
         if True in tokens:
-            self._enough_members()
+            self._group.replication.refuse_if_degraded()
         result = self._group.caller.run(
             uses,
             lambda life, used: self._draft(session, life, used, drafts, build),
@@ -290,16 +290,6 @@ class Maker:
         item = SessionObject(record, session.id, home=member.name, timeout=self._timeout)
         item.placed(member.name, life, handle)
         self._group.keep_session_object(item)
-
-    def _enough_members(self) -> None:
-        group = self._group.config.group
-        usable = [m for m in self._group.roster.serving() if m.life is not None and m.life.keys is not None]
-        if group.degraded == "refuse" and len(usable) < group.min_replicas:
-            self._group.roster.wait_for_change(
-                self._group.config.timeouts.call,
-                lambda: len(self._group.roster.serving()) >= group.min_replicas or not self._group.roster.may_come(),
-            )
-            self._group.replication.refuse_if_degraded()
 
     # -- in the scratch session ----------------------------------------------------------------------------
     def _draft(

@@ -8,24 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hagroup.core.attributes import CKA, CKO, unpack_bool
-from hagroup.core.calls import Ckr, Handle, SessionId, Template
+from hagroup.core.attributes import CKO
+from hagroup.core.calls import Handle, SessionId, Template
 from hagroup.core.records import ObjectRecord
 from hagroup.engine import envelope as form
-from hagroup.engine.domain_keys import (
-    CARRIER,
-    NOT_OPENED,
-    DomainKeys,
-    IntegrityAlarm,
-    decrypt,
-    encrypt,
-    find_domain,
-    open_data,
-    scratch_session,
-    seal_data,
-    throw_away_key,
-)
+from hagroup.engine.domain_keys import DomainKeys, IntegrityAlarm, decrypt, encrypt, find_domain, open_data, seal_data
 from hagroup.engine.envelope import Content, Envelope, EnvelopeError, Header
+from hagroup.engine.inner_layer import unwrap_key, unwrap_value, wrap_key, wrap_value
 from hagroup.errors import DomainMismatch
 from hagroup.members.api import Connection
 
@@ -122,29 +111,7 @@ def _same_keys(keys: DomainKeys, header: Header) -> None:
         )
 
 
-# -- the inner layer ----------------------------------------------------------------------------------------------
-
-
-def _unwrap(
-    connection: Connection, keys: DomainKeys, wrapped: bytes, template: Template, *, sid: SessionId, timeout: float
-) -> Handle:
-    """Open the inner layer.
-
-    :raises DomainMismatch: the member's domain key is another one.
-    """
-    try:
-        return connection.unwrap(keys.wrap, keys.domain, wrapped, template, sid=sid, timeout=timeout)
-    except Ckr as error:
-        if error.rv not in NOT_OPENED:
-            raise
-        with scratch_session(connection, timeout=timeout) as trial:
-            key = throw_away_key(connection, sid=trial, timeout=timeout)
-            fresh = connection.wrap(keys.wrap, keys.domain, key, sid=trial, timeout=timeout)
-            connection.unwrap(keys.wrap, keys.domain, fresh, CARRIER, sid=trial, timeout=timeout)
-        raise DomainMismatch(
-            "the inner layer of an envelope does not open although the outer one did: "
-            "this member has another domain key"
-        ) from error
+# -- keys -------------------------------------------------------------------------------------------------------------
 
 
 def seal(
@@ -160,21 +127,10 @@ def seal(
     attributes: Mapping[int, bytes],
     timeout: float,
 ) -> bytes:
-    """The envelope of a key (an extractable one) that is in this member.
-
-    A key that is not SENSITIVE goes under a carrier: what the domain key unwraps is SENSITIVE for ever.
-    """
+    """The envelope of a key (an extractable one) that is in this member."""
     header = _header(keys, uid=uid, revision=revision, object_class=object_class, key_type=key_type)
-    if unpack_bool(attributes.get(CKA.SENSITIVE, b"\x01")):
-        content = Content(wrapped=connection.wrap(keys.wrap, keys.domain, handle, sid=sid, timeout=timeout))
-        return _close(connection, keys, header, content, attributes, sid=sid, timeout=timeout)
-    with scratch_session(connection, timeout=timeout) as inner:
-        carrier = throw_away_key(connection, sid=inner, timeout=timeout)
-        content = Content(
-            wrapped=connection.wrap(keys.wrap, keys.domain, carrier, sid=inner, timeout=timeout),
-            carried=connection.wrap(keys.wrap, carrier, handle, sid=inner, timeout=timeout),
-        )
-        return _close(connection, keys, header, content, attributes, sid=inner, timeout=timeout)
+    content = wrap_key(connection, keys, sid, handle, attributes, timeout=timeout)
+    return _close(connection, keys, header, content, attributes, sid=sid, timeout=timeout)
 
 
 def reseal(
@@ -209,11 +165,7 @@ def open_envelope(
     :raises IntegrityAlarm: the outer layer does not open. :raises DomainMismatch: the inner one does not.
     """
     content = _open_outer(connection, keys, record.envelope or b"", record, sid=sid, timeout=timeout)
-    if content.carried is None:
-        return _unwrap(connection, keys, content.wrapped, template, sid=sid, timeout=timeout)
-    with scratch_session(connection, timeout=timeout) as inner:
-        carrier = _unwrap(connection, keys, content.wrapped, CARRIER, sid=inner, timeout=timeout)
-        return connection.unwrap(keys.wrap, carrier, content.carried, template, sid=sid, timeout=timeout)
+    return unwrap_key(connection, keys, sid, content, template, timeout=timeout)
 
 
 # -- data ---------------------------------------------------------------------------------------------------------
@@ -232,22 +184,14 @@ def seal_private_data(
 ) -> bytes:
     """The envelope of a private data object: its VALUE under a throw-away key that travels with it (G8)."""
     header = _header(keys, uid=uid, revision=revision, object_class=CKO.DATA, key_type=None)
-    with scratch_session(connection, timeout=timeout) as inner:
-        carrier = throw_away_key(connection, sid=inner, timeout=timeout)
-        wrapped = connection.wrap(keys.wrap, keys.domain, carrier, sid=inner, timeout=timeout)
-        nonce, sealed = encrypt(connection, carrier, value, b"", sid=inner, timeout=timeout)
-        content = Content(wrapped=wrapped, carried=nonce + sealed)
-        return _close(connection, keys, header, content, attributes, sid=inner, timeout=timeout)
+    content = wrap_value(connection, keys, value, timeout=timeout)
+    return _close(connection, keys, header, content, attributes, sid=sid, timeout=timeout)
 
 
 def open_private_data(connection: Connection, keys: DomainKeys, record: ObjectRecord, *, timeout: float) -> bytes:
     """The VALUE of a private data object."""
-    with scratch_session(connection, timeout=timeout) as inner:
-        content = _open_outer(connection, keys, record.envelope or b"", record, sid=inner, timeout=timeout)
-        carrier = _unwrap(connection, keys, content.wrapped, CARRIER, sid=inner, timeout=timeout)
-        carried = content.carried or b""
-        nonce, sealed = carried[: form.NONCE_LENGTH], carried[form.NONCE_LENGTH :]
-        value = decrypt(connection, carrier, nonce, sealed, b"", sid=inner, timeout=timeout)
+    content = _open_outer(connection, keys, record.envelope or b"", record, sid=0, timeout=timeout)
+    value = unwrap_value(connection, keys, content, timeout=timeout)
     if value is None:
         raise IntegrityAlarm(f"the value of data object {record.uid.hex()} does not open")
     return value

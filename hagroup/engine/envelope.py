@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -50,7 +51,8 @@ class _Envelope(core.Sequence):  # type: ignore[misc]
 class _Content(core.Sequence):  # type: ignore[misc]
     _fields = [  # noqa: RUF012
         ("wrapped", core.OctetString),
-        ("carried", core.OctetString, {"explicit": 0, "optional": True}),
+        ("aes", core.OctetString, {"explicit": 0, "optional": True}),
+        ("rsa", core.OctetString, {"explicit": 1, "optional": True}),
     ]
 
 
@@ -98,18 +100,26 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
         return encoded
 
 
+class Carrier(StrEnum):
+    """What a carrier key is."""
+
+    AES = "aes"
+    RSA = "rsa"
+
+
 class Content(msgspec.Struct, frozen=True, kw_only=True):
     """What the outer layer protects."""
 
     wrapped: bytes
     """RFC 5649 under the domain key: the key itself, or the carrier."""
-    carried: bytes | None = None
+    carrier: Carrier | None = None
+    carried: bytes = b""
     """What the carrier protects: a wrapped key, or an encrypted VALUE."""
 
     def encode(self) -> bytes:
         fields = {"wrapped": self.wrapped}
-        if self.carried is not None:
-            fields["carried"] = self.carried
+        if self.carrier is not None:
+            fields[self.carrier.value] = self.carried
         encoded: bytes = _Content(fields).dump()
         return encoded
 
@@ -168,4 +178,9 @@ def decode(data: bytes) -> Envelope:
 def decode_content(data: bytes) -> Content:
     """:raises EnvelopeError: what was sealed is no content of ours."""
     fields = _load(_Content, data, "the content of an envelope").native
-    return Content(wrapped=fields["wrapped"], carried=fields["carried"])
+    carriers = [carrier for carrier in Carrier if fields[carrier.value] is not None]
+    if len(carriers) > 1:
+        raise EnvelopeError("the content of an envelope names two carriers")
+    if not carriers:
+        return Content(wrapped=fields["wrapped"])
+    return Content(wrapped=fields["wrapped"], carrier=carriers[0], carried=fields[carriers[0].value])

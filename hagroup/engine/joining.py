@@ -27,6 +27,7 @@ from hagroup.engine.domain_keys import (
     throw_away_key,
 )
 from hagroup.engine.enforcement import Enforcement, probe_enforcement
+from hagroup.engine.inner_layer import OAEP
 from hagroup.engine.proof import public_digest
 from hagroup.engine.token_contents import TRANSPORT_LABEL, find_all
 from hagroup.errors import DomainMismatch
@@ -34,8 +35,6 @@ from hagroup.members.api import Connection
 
 KEY_ID_LENGTH = 16
 _TRANSPORT_BITS = 3072
-_OAEP: Mechanism = (int(CKM.RSA_PKCS_OAEP), ["oaep", int(CKM.SHA_1), 1, None])
-"""SHA-1 without a label: the one form that SoftHSM has. OAEP does not need its hash to be free of collisions."""
 _SHA256: Mechanism = (int(CKM.SHA256), None)
 
 
@@ -146,7 +145,7 @@ def _receive(
         for label, key_id, blob in zip(labels, ids, wrapped, strict=True):
             _drop_keys(connection, label, key_id, timeout=timeout)
             template = _final(label, key_id, sealed=sealed, enforcement=enforcement)
-            made.append(connection.unwrap(_OAEP, transport.private, blob, template, sid=transport.sid, timeout=timeout))
+            made.append(connection.unwrap(OAEP, transport.private, blob, template, sid=transport.sid, timeout=timeout))
     except BaseException:
         drop(connection, made, timeout=timeout)
         raise
@@ -214,7 +213,7 @@ def generate_domain(members: Sequence[DomainMember], *, sealed: bool, timeout: f
                     template = transport.public_template(token=False, trusted=False)
                     public = source.create(template, sid=sid, timeout=timeout)
                     _check_transport(source, public, transport, sid=sid, timeout=timeout)
-                    wrapped = [source.wrap(_OAEP, public, draft, sid=sid, timeout=timeout) for draft in drafts]
+                    wrapped = [source.wrap(OAEP, public, draft, sid=sid, timeout=timeout) for draft in drafts]
                     keys = _receive(member, transport, wrapped, ids, sealed=sealed, timeout=timeout)
                     done.append((member, keys))
                     _compare(source, drafts, member.connection, keys, timeout=timeout)
@@ -276,7 +275,7 @@ def join_domain(
         try:
             public = _trusted(connection, transport, timeout=timeout)
             wrapped = [
-                connection.wrap(_OAEP, public, key, timeout=timeout)
+                connection.wrap(OAEP, public, key, timeout=timeout)
                 for key in (source_keys.domain, source_keys.partition)
             ]
         except Ckr as error:

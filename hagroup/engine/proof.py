@@ -17,6 +17,7 @@ from hagroup.core.attributes import CKA, CKK, CKM, CKO, pack_bool, pack_ulong, u
 from hagroup.core.calls import Ckr, Handle, SessionId, Template
 from hagroup.core.ckr import CKR
 from hagroup.core.records import Fingerprint, FingerprintKind, ObjectRecord
+from hagroup.engine.domain_keys import scratch_session, throw_away_key
 from hagroup.members.api import Connection
 
 _SALT_LENGTH = 16
@@ -35,6 +36,14 @@ _PUBLIC_PART: dict[int, tuple[CKA, ...]] = {
     CKO.CERTIFICATE: (CKA.VALUE, CKA.CERTIFICATE_TYPE, CKA.URL),
     CKO.DOMAIN_PARAMETERS: (CKA.PRIME, CKA.SUBPRIME, CKA.BASE, CKA.EC_PARAMS),
     CKO.DATA: (CKA.APPLICATION, CKA.VALUE),
+}
+_PARAMETERS = (CKA.EC_PARAMS, CKA.PRIME, CKA.SUBPRIME, CKA.BASE)
+_PAIR_GENERATION: dict[int, CKM] = {
+    CKK.EC: CKM.EC_KEY_PAIR_GEN,
+    CKK.EC_EDWARDS: CKM.EC_EDWARDS_KEY_PAIR_GEN,
+    CKK.EC_MONTGOMERY: CKM.EC_MONTGOMERY_KEY_PAIR_GEN,
+    CKK.DSA: CKM.DSA_KEY_PAIR_GEN,
+    CKK.DH: CKM.DH_PKCS_KEY_PAIR_GEN,
 }
 _NUMBERS = (CKA.MODULUS, CKA.PUBLIC_EXPONENT, CKA.PRIME, CKA.SUBPRIME, CKA.BASE)
 
@@ -126,22 +135,23 @@ def _compute(
     sid: SessionId,
     timeout: float,
 ) -> bytes | None:
-    """None: this member cannot."""
+    """None: there is nothing to compare. The member cannot digest such keys, or the object is half-made: SoftHSM calls
+    a key without value indigestible."""
     if kind is FingerprintKind.PUBLIC:
         numbers = _PUBLIC_PART.get(object_class, (CKA.MODULUS,))
-        return public_digest(_read(connection, handle, numbers, sid=sid, timeout=timeout), object_class)
+        values = _read(connection, handle, numbers, sid=sid, timeout=timeout)
+        whole = any(values.values()) or object_class == CKO.DATA
+        return public_digest(values, object_class) if whole else None
     if object_class == CKO.DATA:
         values = _read(connection, handle, (CKA.VALUE, CKA.APPLICATION), sid=sid, timeout=timeout)
         application = values.get(CKA.APPLICATION, b"")
         salted = salt + len(application).to_bytes(8, "big") + application
-        return hashlib.sha256(salted + values[CKA.VALUE]).digest() if CKA.VALUE in values else b""
+        return hashlib.sha256(salted + values[CKA.VALUE]).digest() if CKA.VALUE in values else None
     try:
         return connection.digest((int(CKM.SHA256), None), [salt, handle], sid=sid, timeout=timeout)
     except Ckr as error:
-        if error.rv in _CANNOT_DIGEST:
+        if error.rv in _CANNOT_DIGEST or error.rv in _BROKEN:
             return None
-        if error.rv in _BROKEN:
-            return b""
         raise
 
 
@@ -179,7 +189,7 @@ def matches(
     sid: SessionId = 0,
     timeout: float,
 ) -> bool | None:
-    """Whether the object has this fingerprint; None: there is none, or the member cannot make it."""
+    """Whether the object has this fingerprint; None: there is nothing to compare, so it may be a half-made one."""
     if expected.kind is FingerprintKind.NONE:
         return None
     value = _compute(connection, handle, object_class, expected.kind, expected.salt, sid=sid, timeout=timeout)
@@ -196,7 +206,38 @@ def prove(connection: Connection, handle: Handle, record: ObjectRecord, *, sid: 
         return Proof.MISMATCH
     if record.object_class == CKO.PRIVATE_KEY and record.key_type == CKK.RSA:
         return _RsaUse(connection, handle, record, sid, timeout).prove()
-    return Proof.UNPROVEN if same is None else Proof.MATCH
+    if same:
+        return Proof.MATCH
+    if record.fingerprint.kind is FingerprintKind.NONE:
+        return Proof.UNPROVEN
+    if record.fingerprint.kind is FingerprintKind.DIGEST and not _can_digest(connection, record, timeout=timeout):
+        return Proof.UNPROVEN
+    return Proof.MISMATCH
+
+
+def _can_digest(connection: Connection, record: ObjectRecord, *, timeout: float) -> bool:
+    """Whether the member digests keys of this kind at all, tried with a fresh one."""
+    if record.object_class == CKO.DATA:
+        return True
+    with scratch_session(connection, timeout=timeout) as sid:
+        try:
+            key = _fresh_key(connection, record, sid, timeout)
+            connection.digest((int(CKM.SHA256), None), [key], sid=sid, timeout=timeout)
+        except Ckr:
+            return False
+    return True
+
+
+def _fresh_key(connection: Connection, record: ObjectRecord, sid: SessionId, timeout: float) -> Handle:
+    if record.object_class == CKO.SECRET_KEY:
+        return throw_away_key(connection, sid=sid, timeout=timeout)
+    mechanism = _PAIR_GENERATION.get(record.key_type or 0)
+    if mechanism is None:
+        raise Ckr(CKR.MECHANISM_INVALID, "C_GenerateKeyPair")
+    session = (int(CKA.TOKEN), pack_bool(False))
+    parameters = [(int(n), record.attributes[n]) for n in _PARAMETERS if record.attributes.get(n)]
+    pair = connection.generate_pair((int(mechanism), None), [session, *parameters], [session], sid=sid, timeout=timeout)
+    return pair[1]
 
 
 _DIGEST_INFO = {

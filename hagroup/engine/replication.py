@@ -37,7 +37,17 @@ class Replication:
         )
 
     def refuse_if_degraded(self) -> None:
-        """:raises GroupReadOnly: fewer members than ``min_replicas`` and ``degraded = "refuse"``."""
+        """Wait, within a call's bound, for members that are just being connected, then look whether they suffice.
+
+        :raises GroupReadOnly: fewer members than ``min_replicas`` and ``degraded = "refuse"``.
+        """
+        wanted = self._settings.min_replicas
+        if len(self.targets()) < wanted and self._roster.may_come():
+            self._roster.wake()
+            self._roster.wait_for_change(
+                self._group.config.timeouts.call,
+                lambda: len(self.targets()) >= wanted or not self._roster.may_come(),
+            )
         usable = len(self.targets())
         if self._settings.degraded == "refuse" and usable < self._settings.min_replicas:
             raise GroupReadOnly(
@@ -49,10 +59,10 @@ class Replication:
         """Open an intent with the members that are usable now; a moved membership is looked at again."""
         while True:
             self._group.follow()
+            self.refuse_if_degraded()
             targets = self.targets()
             if not targets:
                 raise GroupUnavailable("no member is usable now: nothing was changed")
-            self.refuse_if_degraded()
             asking = [Asking(member=member.name, worker=life.worker) for member, life in targets]
             try:
                 return start(asking, self._group.view.group.membership_revision), targets

@@ -64,4 +64,5 @@ class ViewNumber:
             self._map, self._cell = mapped, cell
             self._identity = (status.st_dev, status.st_ino)
         finally:
-            os.close(descriptor)  # releases the lock; the mapping stays
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: mmap keeps a duplicate of the descriptor
+            os.close(descriptor)

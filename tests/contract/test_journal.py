@@ -12,8 +12,8 @@ from hagroup.core.records import (
     Event,
     LoginState,
     Membership,
-    Observation,
     ObjectState,
+    Observation,
     OwedKind,
     Role,
 )
@@ -318,7 +318,7 @@ def test_late_reply_after_somebody_else_installed(journal, other):
     claim(journal, "b", record.uid)
     journal.give_up([("b", record.uid)], doubt=True)
     claim(journal, "b", record.uid)  # a second attempt of O1
-    first, second = row_of(journal, "b", record.uid).attempts
+    first, _ = row_of(journal, "b", record.uid).attempts
     journal.resolve_attempts("b", record.uid, [first.number])
     # O2 takes the row over as if O1 were dead: by a claim after O1's was released elsewhere
     journal.give_up([("b", record.uid)], doubt=False, kind=SET)  # releases the claim, ends no attempt

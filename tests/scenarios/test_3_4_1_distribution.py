@@ -46,7 +46,7 @@ IV = b"0123456789abcdef"
 def group(fast_folder: Any) -> GroupFixture:
     from tests.support.groups import make_group
 
-    return make_group(fast_folder / "distribution")
+    return make_group(fast_folder / "distribution", "--min-replicas", "3")
 
 
 @pytest.fixture(scope="module")
