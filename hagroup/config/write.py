@@ -311,6 +311,6 @@ def _relative(path: Path, folder: Path) -> str:
 def _env_value(value: str, folder: Path) -> str:
     short = _below(value, folder)
     for form in (short, f"./{short}"):
-        if form != value and absolute_env_value(form, folder) == value:
+        if short != value and absolute_env_value(form, folder) == value:
             return form
     return value

@@ -217,7 +217,6 @@ BY_GENERATION = frozenset(
         CKA.MODULUS_BITS,
         CKA.PRIME_BITS,
         CKA.SUBPRIME_BITS,
-        CKA.PUBLIC_KEY_INFO,
         CKA.UNIQUE_ID,
     }
 )
@@ -289,6 +288,7 @@ _MODIFIABLE = frozenset(
         CKA.COPYABLE,
         CKA.ISSUER,
         CKA.SERIAL_NUMBER,
+        CKA.PUBLIC_KEY_INFO,
     }
 )
 """What C_SetAttributeValue may change where the object has it (PKCS#11 v2.40, footnote 8 of its tables)."""

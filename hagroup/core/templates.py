@@ -53,6 +53,7 @@ _EMPTY_IS_NOTHING = frozenset(
         CKA.OBJECT_ID,
         CKA.APPLICATION,
         CKA.SUBPRIME,
+        CKA.PUBLIC_KEY_INFO,
     }
 )
 
@@ -143,6 +144,8 @@ def install_template(record: ObjectRecord, *, token: bool) -> Template:
     """
     unwrapped = record.object_class in _UNDISCLOSED
     attributes = {number: value for number, value in record.attributes.items() if number not in record.answered_only}
+    if record.object_class != CKO.PRIVATE_KEY:
+        attributes.pop(CKA.PUBLIC_KEY_INFO, None)  # follows from the public key itself
     attributes[CKA.CLASS] = pack_ulong(record.object_class)
     attributes[CKA.TOKEN] = pack_bool(token)
     if record.key_type is not None:

@@ -219,7 +219,7 @@ def test_a_sealed_domain_begins_on_several_members_and_is_joined_by_its_shares_o
             keys = generate_domain(sides[:2], sealed=True, timeout=T)
             challenge(sides[0], keys[0], sides[1], keys[1], timeout=T)
             officer = connect(made[0], officer=True, isolation="process")
-            with pytest.raises(DomainMismatch, match="sealed.*shares"):
+            with pytest.raises(DomainMismatch, match=r"sealed.*shares"):
                 join_domain(sides[0], keys[0], officer, sides[2], timeout=T)
             officer.close()
             assert connections[2].find([], timeout=T) == []

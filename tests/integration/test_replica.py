@@ -21,6 +21,7 @@ from hagroup.core.attributes import (
     CKM,
     CKO,
     TEMPLATES,
+    may_set,
     pack_bool,
     pack_template,
     pack_ulong,
@@ -65,7 +66,7 @@ def both() -> Iterator[list[Member]]:
         yield made
 
 
-_UNKNOWN_TO_PYTHON_PKCS11 = (CKA.CERTIFICATE_CATEGORY, CKA.JAVA_MIDP_SECURITY_DOMAIN, CKA.NAME_HASH_ALGORITHM)
+_UNKNOWN_TO_PYTHON_PKCS11 = (CKA.CERTIFICATE_CATEGORY, CKA.JAVA_MIDP_SECURITY_DOMAIN, CKA.PUBLIC_KEY_INFO)
 
 
 def put(both: list[Member], *records: ObjectRecord) -> None:
@@ -646,3 +647,32 @@ def test_reading_takes_dates_from_the_template(both: list[Member]) -> None:
     assert record.attributes[CKA.START_DATE] == b"20200101"
     assert record.attributes[CKA.END_DATE] == b""
     assert not unpack_bool(record.attributes[CKA.EXTRACTABLE])
+
+
+# -- what is refused before a member is asked --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["aes", "p256", "certificate", "data"])
+def test_what_we_refuse_softhsm_refuses_too(both: list[Member], name: str) -> None:
+    """And what we let pass it takes, but for what PKCS#11 allows and SoftHSM does not."""
+    connection = both[0].connection
+    if name == "p256":
+        record = make_pair(both[0], name)[1]
+    elif name == "aes":
+        record = generate(both[0], CKM.AES_KEY_GEN, aes(b"aes", *yes(CKA.EXTRACTABLE)))
+    else:
+        given = certificate()[:-1] if name == "certificate" else data(b"d", b"value", private=False)
+        record = create(both[0], given)
+    softhsm_only = {CKA.WRAP_WITH_TRUSTED, CKA.COPYABLE}
+    with scratch_session(connection, timeout=T) as sid:
+        handle = replica.install_session(connection, both[0].keys, record, sid=sid, timeout=T)
+        for number, value in record.attributes.items():
+            if number in TEMPLATES or number in (CKA.CHECK_VALUE, CKA.DESTROYABLE):
+                continue
+            try:
+                connection.set(handle, [(number, value)], sid=sid, timeout=T)
+                answer = None
+            except Ckr as error:
+                answer = error.rv
+            if number not in softhsm_only:
+                assert may_set(record.attributes, number, value) == answer, CKA(number)

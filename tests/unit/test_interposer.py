@@ -26,6 +26,7 @@ from hagroup.members.cryptoki import (
     CKF_SERIAL_SESSION,
     CkAttribute,
     CkInitializeArgs,
+    CkInterface,
     CkMechanism,
     CkTokenInfo,
     Cryptoki,
@@ -273,6 +274,13 @@ def test_functions_of_3_x_are_wrapped_too(tmp_path: Path, control: FaultControl)
             patch.setenv(name, value)
         c = Cryptoki(ctypes.CDLL(str(tmp_path / "copy.so")))
     assert c.has_v32
+    found, count = (CkInterface * 2)(), ctypes.c_ulong(2)
+    library = ctypes.CDLL(str(tmp_path / "copy.so"))
+    assert library.C_GetInterfaceList(found, ctypes.byref(count)) == 0
+    assert [interface.pInterfaceName for interface in found] == [b"PKCS 11", b"Vendor"]
+    single = ctypes.POINTER(CkInterface)()
+    assert library.C_GetInterface(b"PKCS 11", None, ctypes.byref(single), ctypes.c_ulong(0)) == 0
+    assert found[0].pFunctionList == single.contents.pFunctionList  # the wrapped list, both ways
     control.add("C_EncapsulateKey", "corrupt")
     text, length, key = ctypes.create_string_buffer(8), ctypes.c_ulong(8), ctypes.c_ulong()
     c.C_EncapsulateKey(1, None, 2, None, 0, None, ctypes.byref(length), ctypes.byref(key))
@@ -482,13 +490,20 @@ def test_absent_hides_the_token_but_not_the_library(wrapped: Wrapped, control: F
 
 
 def test_several_rules_add_up(wrapped: Wrapped, control: FaultControl) -> None:
-    for _ in range(31):  # the next ones come round to the first place in the file
-        control.clear(control.add("C_Sign", "hang"))
     control.add("C_Create*", "delay", ms=20)
     control.add("C_CreateObject", "error-after", rv="CKR_GENERAL_ERROR")
     control.add("device", "delay-after", ms=20)
     assert seconds(lambda: refused(lambda: wrapped.create(b"x"))) >= 0.04
     assert control.stats()["C_CreateObject"].injected == 1
+
+
+def test_rules_apply_in_the_order_in_which_they_were_added(wrapped: Wrapped, control: FaultControl) -> None:
+    for _ in range(30):  # the first of the next two gets the last place in the file, the other the first one
+        control.clear(control.add("C_Sign", "hang"))
+    control.add("C_GenerateRandom", "error", rv="CKR_GENERAL_ERROR")
+    control.add("C_GenerateRandom", "error", rv="CKR_DEVICE_ERROR")
+    assert refused(wrapped.random) == CKR.GENERAL_ERROR
+    assert [rule.matched for rule in control.rules()] == [1, 0]
 
 
 CRASH = """
