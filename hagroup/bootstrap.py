@@ -1,4 +1,4 @@
-"""From a path to a group: reads the configuration, opens the journal, puts the engine together. Used by all programs."""
+"""From a path to a group: reads the configuration, opens the journal, starts the engine. Used by all programs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def start_group(config: GroupConfig, *, clock: Clock | None = None) -> GroupEngi
         group, members = journal.view()
         if group.serial != config.group.serial:
             raise JournalMismatch(
-                f"{config.path}: [group] serial is {config.group.serial}, but the journal {config.journal.url} belongs to "
-                f"group {group.label} ({group.serial}); correct [journal] url or [group] serial"
+                f"{config.path}: [group] serial is {config.group.serial}, but the journal {config.journal.url} "
+                f"belongs to group {group.label} ({group.serial}); correct [journal] url or [group] serial"
             )
         configured = {member.name for member in config.members}
         unknown = [member.name for member in members if member.name not in configured]

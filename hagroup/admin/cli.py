@@ -122,7 +122,9 @@ def sync(pin_file: PinFile = None, pin_env: PinEnv = None, as_json: Json = False
 
 @app.command()
 def objects(
-    member: Annotated[str | None, typer.Option("--member", metavar="NAME", help="what is on this member's token")] = None,
+    member: Annotated[
+        str | None, typer.Option("--member", metavar="NAME", help="what is on this member's token")
+    ] = None,
     pin_file: PinFile = None,
     pin_env: PinEnv = None,
     as_json: Json = False,

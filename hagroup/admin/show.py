@@ -29,7 +29,9 @@ def status(found: Status) -> None:
     console = _console()
     group = found.group
     sync = "in sync" if group.in_sync else "NOT in sync"
-    console.print(f"group {group.label} ({group.serial}): {group.state}, {sync}", style=_STYLES.get(group.state, "yellow"))
+    console.print(
+        f"group {group.label} ({group.serial}): {group.state}, {sync}", style=_STYLES.get(group.state, "yellow")
+    )
     console.print(f"journal {found.journal.url}: {'ok' if found.journal.ok else 'not reachable'}")
     console.print(f"{found.objects} objects, {found.tombstones} tombstones")
     console.print()

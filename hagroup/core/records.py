@@ -77,7 +77,8 @@ class ObjectRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def locator(self) -> Locator:
         """Where a member that is up to date has it."""
-        id_ = self.attributes.get(0x102, b"") if self.member_id is None else self.member_id
+        number = 0x012 if self.object_class == 0 else 0x102  # data objects have OBJECT_ID, the others CKA_ID
+        id_ = self.attributes.get(number, b"") if self.member_id is None else self.member_id
         return Locator(self.object_class, self.key_type, id_, self.attributes.get(0x003, b""))
 
 

@@ -199,9 +199,7 @@ class Access:
             members = self._all_in_service("C_SetPIN")
             self._check_length(members, new, "C_SetPIN")
             timeout = self._roster.config.timeouts.generate
-            self._change(
-                members, new, lambda _, life: life.connection.set_pin(old, new, timeout=timeout), "C_SetPIN"
-            )
+            self._change(members, new, lambda _, life: life.connection.set_pin(old, new, timeout=timeout), "C_SetPIN")
 
     def init_pin(self, pin: bytes) -> None:
         """The SO sets the user's PIN on every member, after the SO PIN was proved on every member."""
@@ -245,7 +243,9 @@ class Access:
             except Ckr as error:
                 if not changed and error.rv in PIN_ERRORS:
                     raise
-                self._roster.quarantine(member, f"{function} failed on it and not on others, its PIN may differ: {error}")
+                self._roster.quarantine(
+                    member, f"{function} failed on it and not on others, its PIN may differ: {error}"
+                )
             except (DeadlinePassed, *CONNECTION_LOST) as error:
                 self._roster.lost(member, life, str(error))
                 self._roster.quarantine(member, f"{function} had no answer, its PIN may be the old or the new: {error}")

@@ -91,7 +91,9 @@ class Caller:
                 if life is None:  # it failed between being chosen and now
                     continue
                 try:
-                    return operation(life, [item.handle(member, life) for item in objects])
+                    result = operation(life, [item.handle(member, life) for item in objects])
+                    member.rests = 0
+                    return result
                 except Ckr as error:
                     again = error
                 except DeadlinePassed as error:

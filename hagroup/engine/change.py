@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, cast
+from concurrent.futures import wait
+from typing import TYPE_CHECKING
 
 import msgspec
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
@@ -44,14 +44,19 @@ class Changer:
         object until it has the change (G3).
         """
         waiting = Retrying(
-            retry=retry_if_exception_type(Busy), wait=wait_fixed(0.01), stop=stop_after_delay(self._timeout), reraise=True
+            retry=retry_if_exception_type(Busy),
+            wait=wait_fixed(0.01),
+            stop=stop_after_delay(self._timeout),
+            reraise=True,
         )
         try:
             for attempt in waiting:
                 with attempt:
                     self._set_once(item.uid, new, logged_in=logged_in)
         except Busy as error:
-            raise GroupUnavailable("another change of this object does not come to an end; nothing was changed") from error
+            raise GroupUnavailable(
+                "another change of this object does not come to an end; nothing was changed"
+            ) from error
         except NoLongerLive as error:
             raise Ckr(CKR.OBJECT_HANDLE_INVALID, "C_SetAttributeValue") from error
 
@@ -115,9 +120,7 @@ class Changer:
                 log.warning("replica.failed", member=member.name, error=str(error))
                 return Result(member.name, Outcome.UNKNOWN, error)
 
-        futures = [
-            cast("Future[Result]", self._roster.tasks.submit(ask, member, life)) for member, life in asked
-        ]
+        futures = [self._roster.run(ask, member, life) for member, life in asked]
         wait(futures)
         return [future.result() for future in futures]
 
@@ -143,10 +146,9 @@ class Changer:
 
     def set_session_object(self, item: SessionObject, new: dict[int, bytes], *, logged_in: bool) -> None:
         """Session objects: on each member that has it now; elsewhere it is made with the new attributes."""
-        template = [(number, value) for number, value in new.items()]
 
         def change(life: Life, handles: list[Handle]) -> None:
-            life.connection.set(handles[0], list(template), timeout=self._timeout)
+            life.connection.set(handles[0], list(new.items()), timeout=self._timeout)
 
         for member in self._roster.serving():
             if any(name == member.name and life is member.life for name, life, _ in item.places()):

@@ -17,7 +17,7 @@ from hagroup.core.attributes import CKA, CKO, pack_bool, unpack_bool, unpack_ulo
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle, Mechanism, SessionId, Template
 from hagroup.core.ckr import CKR
 from hagroup.core.records import Locator, ObjectRecord, ObjectState
-from hagroup.core.templates import final_attributes, scratch_template
+from hagroup.core.templates import class_of, final_attributes, scratch_template
 from hagroup.engine import replica
 from hagroup.engine.calls import Missing
 from hagroup.engine.domain import reseal, seal, seal_private_data
@@ -46,6 +46,8 @@ class Draft(msgspec.Struct, frozen=True):
 
     uid: bytes
     template: Template
+    object_class: int | None = None
+    """What generation makes where the template does not say it."""
 
     def flag(self, attribute: int) -> bool | None:
         for number, value in self.template:
@@ -66,17 +68,16 @@ class Maker:
         def build(life: Life, sid: SessionId, _: list[Handle], templates: list[Template]) -> list[Handle]:
             return [life.connection.generate(mech, templates[0], sid=sid, timeout=self._timeout)]
 
-        return self._make(session, [template], build, [], mech, assign_id=assign_id)[0]
+        return self._make(session, [template], build, [], mech, assign_id=assign_id, classes=[CKO.SECRET_KEY])[0]
 
     def generate_pair(
         self, session: VirtualSession, mech: Mechanism, public: Template, private: Template, *, assign_id: bool
     ) -> tuple[bytes, bytes]:
         def build(life: Life, sid: SessionId, _: list[Handle], templates: list[Template]) -> list[Handle]:
-            return list(
-                life.connection.generate_pair(mech, templates[0], templates[1], sid=sid, timeout=self._timeout)
-            )
+            return list(life.connection.generate_pair(mech, templates[0], templates[1], sid=sid, timeout=self._timeout))
 
-        first, second = self._make(session, [public, private], build, [], mech, assign_id=assign_id)
+        classes = [CKO.PUBLIC_KEY, CKO.PRIVATE_KEY]
+        first, second = self._make(session, [public, private], build, [], mech, assign_id=assign_id, classes=classes)
         return first, second
 
     def create(self, session: VirtualSession, template: Template, *, assign_id: bool) -> bytes:
@@ -163,8 +164,11 @@ class Maker:
         token = unpack_bool(attributes[CKA.TOKEN])
         self._allowed(session, token, unpack_bool(attributes.get(CKA.PRIVATE, b"\0")))
         uid = os.urandom(16)
-        if source.envelope is None and isinstance(item, SessionObject) and source.object_class in _KEYS[:2] and (
-            source.object_class != CKO.PUBLIC_KEY
+        if (
+            source.envelope is None
+            and isinstance(item, SessionObject)
+            and source.object_class in _KEYS[:2]
+            and (source.object_class != CKO.PUBLIC_KEY)
         ):
             return self._copy_at_home(session, item, template, uid, attributes, token)
 
@@ -245,8 +249,12 @@ class Maker:
         mech: Mechanism | None,
         *,
         assign_id: bool,
+        classes: Sequence[int | None] = (None,),
     ) -> list[bytes]:
-        drafts = [Draft(os.urandom(16), list(template)) for template in templates]
+        drafts = [
+            Draft(os.urandom(16), list(template), object_class)
+            for template, object_class in zip(templates, classes, strict=True)
+        ]
         tokens = {bool(draft.flag(CKA.TOKEN)) for draft in drafts}
         for draft in drafts:
             self._allowed(session, bool(draft.flag(CKA.TOKEN)), draft.flag(CKA.PRIVATE))
@@ -254,7 +262,7 @@ class Maker:
                 raise Ckr(CKR.ATTRIBUTE_READ_ONLY, "C_CreateObject")  # the SO of one member cannot speak for all
         if assign_id and True in tokens:
             shared = drafts[0].uid
-            drafts = [Draft(draft.uid, _with_id(draft.template, shared)) for draft in drafts]
+            drafts = [msgspec.structs.replace(draft, template=_with_id(draft.template, shared)) for draft in drafts]
         if True in tokens:
             self._group.replication.refuse_if_degraded()
         result = self._group.caller.run(
@@ -298,7 +306,7 @@ class Maker:
         """Make, read, seal, and make once more with the final attributes; nothing of it outlives the session."""
         sid = life.connection.open_session(timeout=self._timeout)
         try:
-            given = [scratch_template(draft.template) for draft in drafts]
+            given = [scratch_template(draft.template, object_class=draft.object_class) for draft in drafts]
             handles = build(life, sid, used, given)
             made = []
             for draft, handle in zip(drafts, handles, strict=True):
@@ -309,9 +317,7 @@ class Maker:
                     continue
                 token = is_true(record, CKA.TOKEN)
                 where = sid if token else 0
-                handle = replica.install_session(
-                    life.connection, life.keys, record, sid=where, timeout=self._timeout
-                )
+                handle = replica.install_session(life.connection, life.keys, record, sid=where, timeout=self._timeout)
                 result.append((record, None if token else life, None if token else handle))
         finally:
             self._leave(life, sid)
@@ -390,9 +396,7 @@ class Maker:
             return False
         return self._group.view.members[member.name].default_extractable
 
-    def _separate(
-        self, life: Life, scratch: tuple[SessionId, Handle] | None, record: ObjectRecord
-    ) -> ObjectRecord:
+    def _separate(self, life: Life, scratch: tuple[SessionId, Handle] | None, record: ObjectRecord) -> ObjectRecord:
         """Where nothing separates it from another live object, its CKA_ID on the members is its UID (4.4)."""
         locator = record.locator
         twins = [
@@ -465,6 +469,8 @@ _UNWRAPPABLE = frozenset(
 
 
 def _with_id(template: Template, uid: bytes) -> Template:
+    if class_of(template) in (CKO.DATA, CKO.DOMAIN_PARAMETERS):
+        return template  # they have no CKA_ID
     return [(number, value) for number, value in template if number != CKA.ID] + [(CKA.ID, uid)]
 
 

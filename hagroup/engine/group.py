@@ -53,7 +53,7 @@ class GroupEngine:
         self.roster = Roster(config, journal, self.view, clock)
         self.caller = Caller(self.roster)
         self.replicator = Replicator(self.roster, self.view, journal)
-        self.supervisor = Supervisor(self.roster, self.view, journal, self.replicator, clock)
+        self.supervisor = Supervisor(self.roster, self.view, journal, self.replicator, clock, self.close)
         self.access = Access(self.roster, self._logged_out)
         self.mirror = None if config.journal.mirror is None else Mirror(config.journal.mirror)
         self.replication = Replication(self)
@@ -209,7 +209,6 @@ class GroupEngine:
             return
         self._closed = True
         self.supervisor.stop()
-        self.roster.tasks.shutdown(wait=True, cancel_futures=False)
         self.roster.close()
         self.journal.close()
         _groups.discard(self)
@@ -229,7 +228,7 @@ class GroupEngine:
         self.access.renew_after_fork()
         for item in self._session_objects.values():
             item.renew_after_fork()
-        self.supervisor = Supervisor(self.roster, self.view, self.journal, self.replicator, self.clock)
+        self.supervisor = Supervisor(self.roster, self.view, self.journal, self.replicator, self.clock, self.close)
         self._repairs = Repairs(missing=self.supervisor.report_missing, prove=self.supervisor.report_doubtful)
         self.roster.wake = self.supervisor.wake
         self.supervisor.start()

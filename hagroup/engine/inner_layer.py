@@ -33,7 +33,6 @@ OAEP: Mechanism = (int(CKM.RSA_PKCS_OAEP), ["oaep", int(CKM.SHA_1), 1, None])
 """SHA-1 without a label: the one form that SoftHSM has. OAEP does not need its hash to be free of collisions."""
 
 _CARRIER_BITS = 2048
-_OAEP_ROOM = _CARRIER_BITS // 8 - 42
 _SHA256: Mechanism = (int(CKM.SHA256), None)
 _WHOLE_BLOCKS = frozenset({CKK.AES, CKK.DES, CKK.DES2, CKK.DES3})
 """Secret keys of these types are a multiple of 8 bytes long."""
@@ -78,20 +77,37 @@ def wrap_key(
     timeout: float,
 ) -> Content:
     """The content of the envelope of a key with these final attributes."""
+    sensitive = unpack_bool(attributes.get(CKA.SENSITIVE, b"\x01"))
+    whole = _whole_blocks(attributes)
+    if whole and sensitive:
+        return Content(wrapped=connection.wrap(keys.wrap, keys.domain, handle, sid=sid, timeout=timeout))
     with scratch_session(connection, timeout=timeout) as inner:
-        if not _keeps_its_length(connection, keys, handle, attributes, sid=inner, timeout=timeout):
+        if whole is None:
+            whole = _comes_back_whole(connection, keys, handle, attributes, sid=inner, timeout=timeout)
+        if not whole:
             return _wrap_by_rsa(connection, keys, handle, sid=inner, timeout=timeout)
-        if not unpack_bool(attributes.get(CKA.SENSITIVE, b"\x01")):
-            carrier = throw_away_key(connection, sid=inner, timeout=timeout)
-            return Content(
-                wrapped=connection.wrap(keys.wrap, keys.domain, carrier, sid=inner, timeout=timeout),
-                carrier=Carrier.AES,
-                carried=connection.wrap(keys.wrap, carrier, handle, sid=inner, timeout=timeout),
-            )
-    return Content(wrapped=connection.wrap(keys.wrap, keys.domain, handle, sid=sid, timeout=timeout))
+        if sensitive:
+            return Content(wrapped=connection.wrap(keys.wrap, keys.domain, handle, sid=inner, timeout=timeout))
+        carrier = throw_away_key(connection, sid=inner, timeout=timeout)
+        return Content(
+            wrapped=connection.wrap(keys.wrap, keys.domain, carrier, sid=inner, timeout=timeout),
+            carrier=Carrier.AES,
+            carried=connection.wrap(keys.wrap, carrier, handle, sid=inner, timeout=timeout),
+        )
 
 
-def _keeps_its_length(
+def _whole_blocks(attributes: Mapping[int, bytes]) -> bool | None:
+    """Whether the padding of RFC 5649 does not matter; None: the length is not known (SoftHSM does not know that of
+    what it unwrapped)."""
+    if CKA.KEY_TYPE not in attributes or unpack_ulong(attributes.get(CKA.CLASS, pack_ulong(0))) != CKO.SECRET_KEY:
+        return True  # a private key's structure says where it ends
+    if unpack_ulong(attributes[CKA.KEY_TYPE]) in _WHOLE_BLOCKS:
+        return True
+    length = unpack_ulong(attributes.get(CKA.VALUE_LEN, pack_ulong(0)))
+    return length % 8 == 0 if length else None
+
+
+def _comes_back_whole(
     connection: Connection,
     keys: DomainKeys,
     handle: Handle,
@@ -100,28 +116,20 @@ def _keeps_its_length(
     sid: SessionId,
     timeout: float,
 ) -> bool:
-    if CKA.KEY_TYPE not in attributes or unpack_ulong(attributes.get(CKA.CLASS, pack_ulong(0))) != CKO.SECRET_KEY:
-        return True
-    if unpack_ulong(attributes[CKA.KEY_TYPE]) in _WHOLE_BLOCKS:
-        return True
-    length = unpack_ulong(attributes.get(CKA.VALUE_LEN, pack_ulong(0)))
-    if length:
-        return length % 8 == 0
-    # SoftHSM does not know the length of what it unwrapped or derived: see whether the way there and back changes it.
+    """Whether wrapping and unwrapping leaves the key as it is."""
     carrier = throw_away_key(connection, sid=sid, timeout=timeout)
     wrapped = connection.wrap(keys.wrap, carrier, handle, sid=sid, timeout=timeout)
-    template: Template = [(n, attributes[n]) for n in (CKA.CLASS, CKA.KEY_TYPE)]
+    template: Template = [(int(n), attributes[n]) for n in (CKA.CLASS, CKA.KEY_TYPE)]
     template += [(int(CKA.TOKEN), pack_bool(False)), (int(CKA.SENSITIVE), pack_bool(True))]
     again = connection.unwrap(keys.wrap, carrier, wrapped, template, sid=sid, timeout=timeout)
     salt = os.urandom(16)
     try:
-        return connection.digest(_SHA256, [salt, handle], sid=sid, timeout=timeout) == connection.digest(
-            _SHA256, [salt, again], sid=sid, timeout=timeout
-        )
+        one, other = (connection.digest(_SHA256, [salt, key], sid=sid, timeout=timeout) for key in (handle, again))
     except Ckr as error:
         if error.rv in (CKR.KEY_INDIGESTIBLE, CKR.FUNCTION_NOT_SUPPORTED, CKR.MECHANISM_INVALID):
             return False
         raise
+    return one == other
 
 
 def _wrap_by_rsa(
@@ -143,7 +151,7 @@ def _wrap_by_rsa(
         carried = connection.wrap(OAEP, public, handle, sid=sid, timeout=timeout)
     except Ckr as error:
         if error.rv in (CKR.KEY_SIZE_RANGE, CKR.GENERAL_ERROR, CKR.FUNCTION_FAILED, CKR.DATA_LEN_RANGE):
-            # Longer than _OAEP_ROOM, and no multiple of 8.
+            # Longer than the carrier's modulus takes (214 bytes), and no multiple of 8.
             raise Ckr(CKR.KEY_NOT_WRAPPABLE, "C_WrapKey") from error
         raise
     wrapped = connection.wrap(keys.wrap, keys.domain, private, sid=sid, timeout=timeout)

@@ -61,6 +61,12 @@ class Member:
         """Connection attempts in a row that failed; the wait before the next one grows with it."""
         self.next_attempt = 0.0
         """Boot time before which no connection is tried."""
+        self.entered = 0.0
+        """Boot time at which its present (or last) life began."""
+        self.rests = 0
+        """How often in a row a call's deadline passed although the probe that followed was answered."""
+        self.rest_until = 0.0
+        """Boot time up to which it gets calls only where nobody else can serve them (while ``rests`` is not 0)."""
         self.busy = False
         """A background task (connect, probe, resync) is running for it."""
         self.manifest_lock = threading.Lock()
@@ -72,6 +78,7 @@ class Member:
         self.busy = False
         self.failures = 0
         self.next_attempt = 0.0
+        self.rests = 0
         self.manifest_lock = threading.Lock()
         if self.state is not State.QUARANTINED:
             self.state = State.JOINING

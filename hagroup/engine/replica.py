@@ -35,6 +35,7 @@ __all__ = [
     "InventoryEntry",
     "apply_set",
     "cannot_replicate",
+    "discard",
     "install",
     "install_session",
     "inventory",
@@ -261,6 +262,13 @@ def remove(
     for handle in locate(connection, locators, fingerprint, attributes, timeout=timeout, claimed=claimed)[keep:]:
         _destroy(connection, handle, timeout=timeout)
     drop_records(connection, uid, timeout=timeout)
+
+
+def discard(connection: Connection, record: ObjectRecord, old: Sequence[Handle], *, timeout: float) -> None:
+    """After the object was made anew: what it replaces goes, and the records of other revisions."""
+    for handle in old:
+        _destroy(connection, handle, timeout=timeout)
+    drop_records(connection, record.uid, timeout=timeout, but=record.revision)
 
 
 def apply_set(

@@ -13,7 +13,8 @@ from enum import StrEnum
 import msgspec
 
 from hagroup.config.logging import get_logger
-from hagroup.core.calls import Ckr, DeadlinePassed
+from hagroup.core.attributes import CKA, pack_ulong
+from hagroup.core.calls import Ckr, DeadlinePassed, Handle
 from hagroup.core.classify import Verdict, classify
 from hagroup.core.records import Fingerprint, Lease, Locator, ObjectRecord, OwedKind
 from hagroup.engine import manifest, replica
@@ -31,8 +32,8 @@ class Outcome(StrEnum):
     """How asking one member ended."""
 
     CONFIRMED = "confirmed"
-    REFUSED = "refused"      # it answered no; nothing of it is there
-    UNKNOWN = "unknown"      # no answer, or one that says nothing: in doubt
+    REFUSED = "refused"  # it answered no; nothing of it is there
+    UNKNOWN = "unknown"  # no answer, or one that says nothing: in doubt
     OVERTAKEN = "overtaken"  # done, but the object was destroyed meanwhile: undone again
 
 
@@ -75,7 +76,7 @@ class Replicator:
     ) -> Result:
         """Make token objects there (rows claimed and sent), prove them, confirm.
 
-        :param anew: it may be there already, whole or in half, under these locators too: look, and remove it first.
+        :param anew: it may be there already, whole or in half, under these locators too: look, and replace it.
         """
         assert life.keys is not None
         done: list[ObjectRecord] = []
@@ -83,19 +84,13 @@ class Replicator:
         unknown = False
         for record in records:
             try:
-                if anew:
-                    replica.remove(
-                        life.connection,
-                        record.uid,
-                        [record.locator, *anew],
-                        record.fingerprint,
-                        record.attributes,
-                        timeout=self._timeout,
-                    )
-                    life.handles.pop(record.uid, None)
+                old = self._there_already(life, record, anew) if anew else []
                 replica.install(
                     life.connection, life.keys, record, timeout=self._timeout, with_record=not self._mirrored
                 )
+                if anew:  # the new one first: at every instant there is one
+                    life.handles.pop(record.uid, None)
+                    replica.discard(life.connection, record, old, timeout=self._timeout)
                 done.append(record)
             except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
                 failed, unknown = error, self._is_unknown(member, life, error)
@@ -121,6 +116,28 @@ class Replicator:
         if failed is not None:
             return Result(member.name, Outcome.UNKNOWN if unknown else Outcome.REFUSED, failed)
         return Result(member.name, Outcome.OVERTAKEN if overtaken else Outcome.CONFIRMED)
+
+    def _there_already(self, life: Life, record: ObjectRecord, locators: Sequence[Locator]) -> list[Handle]:
+        """What is on the token of this object: under any locator that it had, else (somebody may have changed label
+        and id behind the group's back) wherever no other live object is."""
+
+        def claimed(locator: Locator) -> bool:
+            there = self._journal.search(
+                {
+                    CKA.CLASS: pack_ulong(locator.object_class),
+                    CKA.LABEL: locator.label,
+                }
+            )
+            return any(other.uid != record.uid and other.locator == locator for other in there)
+
+        return replica.locate(
+            life.connection,
+            [record.locator, *locators],
+            record.fingerprint,
+            record.attributes,
+            timeout=self._timeout,
+            claimed=claimed,
+        )
 
     def _confirm(self, confirmations: Sequence[Confirmation], lease: Lease | None) -> list[bool]:
         """Confirm; a moved membership is looked at again (the reply itself stays true), a lost lease is a refusal."""

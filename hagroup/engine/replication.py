@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from hagroup.config.logging import get_logger
 from hagroup.core.calls import Ckr
@@ -81,10 +81,7 @@ class Replication:
         intent, targets = self.begin(
             lambda asking, revision: self._journal.begin_create(records, asking=asking, membership_revision=revision)
         )
-        futures = {
-            cast("Future[Result]", self._roster.tasks.submit(self._install, member, life, records)): member
-            for member, life in targets
-        }
+        futures = {self._roster.run(self._install, member, life, records): member for member, life in targets}
         self._gather(intent, futures)
 
     def _install(self, member: Member, life: Life, records: Sequence[ObjectRecord]) -> Result:
@@ -127,7 +124,9 @@ class Replication:
         try:
             return self._journal.go_live(intent.id, needed=needed, serving=confirmed)
         except NoLongerLive as error:
-            raise GroupUnavailable("the new object was given up by another process that found this one silent") from error
+            raise GroupUnavailable(
+                "the new object was given up by another process that found this one silent"
+            ) from error
 
     def _abandon(self, intent: Intent, failures: list[Result]) -> None:
         """Nobody has it (or too few): ``creating -> deleted``, and what may be there is destroyed."""

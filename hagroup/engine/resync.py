@@ -215,9 +215,7 @@ class Resync:
         """Forget an older unanswered call once it can no longer execute: its worker is proved dead and the module is
         local, or the member's late window has passed (DESIGN.md 4.1)."""
         for attempt in row.unanswered:
-            dead = (
-                member.config.local and attempt.worker is not None and self._journal.worker_dead(attempt.worker)
-            )
+            dead = member.config.local and attempt.worker is not None and self._journal.worker_dead(attempt.worker)
             late = self._clock.boot() - attempt.since > member.config.late_window
             if not (dead or late):
                 self._put_off(row)
@@ -252,9 +250,7 @@ class Resync:
 
     def _has_it(self, life: Life, record: ObjectRecord, handles: Iterable[int]) -> bool:
         matching = [
-            handle
-            for handle in handles
-            if replica.is_this(life.connection, handle, record, timeout=self._timeout)
+            handle for handle in handles if replica.is_this(life.connection, handle, record, timeout=self._timeout)
         ]
         return len(matching) == 1
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig, MemberConfig
@@ -28,12 +29,22 @@ from hagroup.members.api import Connection
 
 log = get_logger(__name__)
 
+T = TypeVar("T")
+
 CONNECTION_LOST = (MemberGone, WorkerFault, StaleGeneration)
 START_TIMEOUT = 15.0
 """Seconds for a worker to start and its module to initialise (SoftHSM: 0.36 s with 10,000 objects)."""
+CLOSE_GRACE = 5.0
+"""Seconds that the end of a process waits for what it does in the background."""
 GENERATIONS = 1_000_000
 """Room that each life has for the generations within it (a logout moves it)."""
 _BACKOFF = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_SHORT_LIFE = 10.0
+"""A connection that ends sooner counts as a failed attempt: a member that fails whenever it is used would otherwise be
+started again and again without a pause."""
+_SOON = 0.5
+"""A connection attempt that is this near is worth waiting for."""
+_LONGEST_REST = 30.0
 
 
 def open_life(
@@ -76,6 +87,7 @@ class Roster:
         self.site: str | None = None
         self.members: dict[str, Member] = {}
         self.tasks = ThreadPoolExecutor(max_workers=64, thread_name_prefix="hagroup")
+        self._running: set[Future[Any]] = set()
         self.changed = threading.Condition()
         """Notified at every change of a member's state."""
         self.on_lost: Callable[[Member], None] = lambda member: None
@@ -133,13 +145,22 @@ class Roster:
         """Choose, and count the call as outstanding there; give it back with :meth:`done`."""
         last: Member | None = getattr(self._here, "last", None)
         with self.changed:
-            member = choose(candidates, last)
+            member = choose(self._rested(candidates), last)
             if member is not None:
+                if member.rests:  # this call is its trial; until it answered, the others go elsewhere
+                    member.rest_until = self.clock.boot() + self.config.timeouts.call + self.config.timeouts.probe
                 member.outstanding += 1
                 self._uses += 1
                 member.last_used = self._uses
         self._here.last = member
         return member
+
+    def _rested(self, candidates: list[Member]) -> list[Member]:
+        """Without those that answered a probe but not a call, for a growing while: each call there may be a stall."""
+        if not any(member.rests for member in candidates):
+            return candidates
+        now = self.clock.boot()
+        return [member for member in candidates if member.rest_until <= now] or candidates
 
     def done(self, member: Member) -> None:
         with self.changed:
@@ -154,7 +175,8 @@ class Roster:
         """Some member is being connected, probed or resynced now: worth waiting for, within a call's bound."""
         now = self.clock.boot()
         return any(
-            (member.busy and not member.serving) or (member.state in (State.JOINING, State.FAILED) and member.next_attempt <= now)
+            (member.busy and not member.serving)
+            or (member.state in (State.JOINING, State.FAILED) and member.next_attempt <= now)
             for member in self.members.values()
         )
 
@@ -167,7 +189,9 @@ class Roster:
             member.life = None
             member.reason = why
             member.happened(Event.LOST)
-            member.next_attempt = self.clock.boot() + _BACKOFF[min(member.failures, len(_BACKOFF) - 1)]
+            now = self.clock.boot()
+            member.failures = member.failures + 1 if now - member.entered < _SHORT_LIFE else 0
+            member.next_attempt = now + _BACKOFF[min(member.failures, len(_BACKOFF) - 1)]
             self.changed.notify_all()
         log.warning("member.failed", member=member.name, reason=why)
         self.submit(self._kill_when_idle, life)
@@ -194,7 +218,10 @@ class Roster:
             self.quarantine(member, f"shows serial number {token.serial}, not {life.token.serial}: another token")
             return False
         with self.changed:
-            member.happened(Event.PROBE_OK)
+            if member.happened(Event.PROBE_OK):
+                member.rests += 1
+                pause = self.config.timeouts.call * 2.0**member.rests
+                member.rest_until = self.clock.boot() + min(pause, _LONGEST_REST)
             self.changed.notify_all()
         return True
 
@@ -311,7 +338,8 @@ class Roster:
         with self.changed:
             member.life = life
             member.reason = None
-            member.failures = 0
+            member.entered = self.clock.boot()
+            member.rests = 0
             admitted = self.view.members[member.name].membership is Membership.ADMITTED
             member.happened(Event.CHECKED if admitted else Event.NOT_ADMITTED)
             self.changed.notify_all()
@@ -356,7 +384,7 @@ class Roster:
         self.find_keys(member, life)
 
     def find_keys(self, member: Member, life: Life) -> None:
-        """After a login: the domain's keys (G9: the member proves both secrets), and what the member's manifest says (DESIGN.md 4.6)."""
+        """After a login: the domain's keys, proved by the member (G9), and what its manifest says (DESIGN.md 4.6)."""
         group = self.view.group
         life.keys = find_domain(
             life.connection,
@@ -373,6 +401,7 @@ class Roster:
         """In the child: no thread, no connection and no lock of the parent's is ours."""
         self.changed = threading.Condition()
         self.tasks = ThreadPoolExecutor(max_workers=64, thread_name_prefix="hagroup")
+        self._running = set()
         self._here = threading.local()
         for member in self.members.values():
             member.renew_after_fork()
@@ -389,11 +418,25 @@ class Roster:
                 log.exception("background task failed", task=getattr(function, "__name__", str(function)))
             return None
 
-        return self.tasks.submit(guarded)
+        return self.run(guarded)
 
-    def close(self, members: Iterable[Member] | None = None) -> None:
-        """End the connections in an orderly way."""
-        for member in list(members if members is not None else self.members.values()):
+    def run(self, function: Callable[..., T], *args: object) -> Future[T]:
+        """Run in the background; the caller looks at the outcome."""
+        future = self.tasks.submit(function, *args)
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return future
+
+    def close(self) -> None:
+        """End the connections: in an orderly way where what runs comes to its end in time, else by force."""
+        self.tasks.shutdown(wait=False)
+        _, unfinished = wait(set(self._running), timeout=CLOSE_GRACE)
+        for member in list(self.members.values()):
             life, member.life = member.life, None
-            if life is not None:
+            if life is None:
+                continue
+            if unfinished:
+                life.connection.kill()
+            else:
                 life.connection.close()
+        wait(unfinished, timeout=CLOSE_GRACE)

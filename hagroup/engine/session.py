@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from hagroup.core.attributes import CKA, is_secret_component, may_copy, may_destroy, may_set, unpack_bool
 from hagroup.core.calls import Ckr, Handle, Mechanism, Template
 from hagroup.core.ckr import CKR
+from hagroup.core.numbers import CKA_VENDOR_DEFINED
 from hagroup.engine.login import CKU_SO, CKU_USER
 from hagroup.engine.member import Life
 from hagroup.engine.objects import SessionObject, TokenObject, is_true
@@ -82,16 +83,20 @@ class VirtualSession:
 
     def find(self, attributes: Mapping[int, bytes]) -> list[bytes]:
         group = self._use()
-        recorded = {number: value for number, value in attributes.items() if not is_secret_component(None, None, number)}
+        recorded = {
+            number: value for number, value in attributes.items() if not is_secret_component(None, None, number)
+        }
         found: list[TokenObject | SessionObject] = []
         if attributes.get(CKA.TOKEN, b"\1") != b"\0":
             for record in group.journal.search(recorded):
                 item = group.object(record.uid)
                 if item is not None:
                     found.append(item)
-        for item in group.session_objects():
-            if all(item.record.attributes.get(number) == value for number, value in recorded.items()):
-                found.append(item)
+        found += [
+            item
+            for item in group.session_objects()
+            if all(item.record.attributes.get(number) == value for number, value in recorded.items())
+        ]
         visible = [item for item in found if self._visible(item)]
         if len(recorded) < len(attributes):
             rest = {number: value for number, value in attributes.items() if number not in recorded}
@@ -107,15 +112,21 @@ class VirtualSession:
         item = self.object(uid)
         record = item.record
         values = {number: record.attributes[number] for number in types if number in record.attributes}
-        rest = [number for number in types if number not in values]
+        # what an object of this kind has is recorded, but for what is secret: nobody need be asked for the others
+        errors = {
+            number: int(CKR.ATTRIBUTE_TYPE_INVALID)
+            for number in types
+            if number not in values and number < CKA_VENDOR_DEFINED and not is_secret_component(None, None, number)
+        }
+        rest = [number for number in types if number not in values and number not in errors]
         if not rest:
-            return values, {}
+            return values, errors
 
         def ask(life: Life, handles: list[Handle]) -> tuple[dict[int, bytes], dict[int, int]]:
             return life.connection.get(handles[0], rest, timeout=self._call)
 
-        more, errors = self._group.caller.run([item], ask, logged_in=self._group.access.user)
-        return {**values, **more}, errors
+        more, refused = self._group.caller.run([item], ask, logged_in=self._group.access.user)
+        return {**values, **more}, {**errors, **refused}
 
     # -- changing ------------------------------------------------------------------------------------------
     def set(self, uid: bytes, template: Template) -> None:
@@ -153,6 +164,9 @@ class VirtualSession:
 
     def copy(self, uid: bytes, template: Template) -> bytes:
         item = self.object(uid)
+        refusal = may_copy(item.record.attributes)
+        if refusal is not None:
+            raise Ckr(refusal, "C_CopyObject")
         for number, value in template:
             refusal = may_copy(item.record.attributes, number, value if isinstance(value, bytes) else b"")
             if refusal is not None:

@@ -34,9 +34,7 @@ NEEDED = (CKM.AES_KEY_GEN, CKM.AES_GCM, CKM.RSA_PKCS_KEY_PAIR_GEN, CKM.RSA_PKCS_
 """Mechanisms without which a member cannot take part; its wrap mechanism comes on top."""
 
 
-def create_group(
-    config: GroupConfig, pins: Mapping[str, Pin], so_pin: Pin, *, sealed: bool, clock: Clock
-) -> str:
+def create_group(config: GroupConfig, pins: Mapping[str, Pin], so_pin: Pin, *, sealed: bool, clock: Clock) -> str:
     """Make the group. Returns its serial number, which was also written into the configuration.
 
     :param pins: user PIN of each member.
@@ -45,7 +43,9 @@ def create_group(
     :raises DomainMismatch: members belong to different cloning domains already; nothing was changed.
     """
     if not isinstance(config.journal.url, SqliteUrl):
-        raise ConfigurationError(f"{config.path}: [journal] url {config.journal.url}: this is not a journal on this host")
+        raise ConfigurationError(
+            f"{config.path}: [journal] url {config.journal.url}: this is not a journal on this host"
+        )
     timeout = config.timeouts.generate
     lives: dict[str, Life] = {}
     try:
@@ -126,7 +126,7 @@ def _held_keys(member: DomainMember, *, timeout: float) -> DomainKeys | None:
     if counts != [1, 1]:
         raise DomainMismatch(
             f'member "{member.name}" holds {counts[0]} domain keys and {counts[1]} partition keys instead of one each '
-            "(left by a group that was not removed whole); destroy them with the member's own tools; nothing was changed"
+            "(a group was not removed whole); destroy them with the member's own tools; nothing was changed"
         )
     (domain_key, domain_id), (partition_key, partition_id) = found[DOMAIN_LABEL][0], found[PARTITION_LABEL][0]
     return DomainKeys(
@@ -143,9 +143,7 @@ def _domain(
 ) -> dict[str, DomainKeys]:
     """The same two keys on every member: those that members hold already, or new ones."""
     members = [
-        DomainMember(
-            connection=lives[member.name].connection, name=member.name, wrap_mechanism=member.wrap_mechanism
-        )
+        DomainMember(connection=lives[member.name].connection, name=member.name, wrap_mechanism=member.wrap_mechanism)
         for member in config.members
     ]
     present = {member.name: keys for member in members if (keys := _held_keys(member, timeout=timeout)) is not None}

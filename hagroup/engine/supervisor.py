@@ -7,6 +7,7 @@ application: calls wait, if at all, for a member's state, not for this thread.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from hagroup.config.logging import get_logger
 from hagroup.core.clock import Clock
@@ -29,7 +30,16 @@ TICK = 1.0
 class Supervisor:
     """One per process and group."""
 
-    def __init__(self, roster: Roster, view: View, journal: Journal, replicator: Replicator, clock: Clock) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        view: View,
+        journal: Journal,
+        replicator: Replicator,
+        clock: Clock,
+        at_exit: Callable[[], None],
+    ) -> None:
+        self._at_exit = at_exit
         self._roster = roster
         self._view = view
         self._journal = journal
@@ -55,7 +65,11 @@ class Supervisor:
         self._event.set()
 
     def _run(self) -> None:
+        main = threading.main_thread()
         while not self._stopping:
+            if not main.is_alive():  # the program is at its end: what hangs in the background must not hold it up
+                self._at_exit()
+                return
             try:
                 self.tick()
             except JournalUnavailable as error:
@@ -167,5 +181,7 @@ class Supervisor:
             self.wake()
 
     def _prove(self, member: Member, uid: bytes) -> None:
-        if self._view.members[member.name].membership is Membership.ADMITTED and not self._replicator.proves(member, uid):
+        if self._view.members[member.name].membership is Membership.ADMITTED and not self._replicator.proves(
+            member, uid
+        ):
             self._repair(member, uid)

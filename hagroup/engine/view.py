@@ -16,7 +16,7 @@ from hagroup.journal.api import Journal
 
 
 class ObjectView(msgspec.Struct, frozen=True):
-    """One live token object: its record, and the members that have it in its current revision and owe nothing for it."""
+    """One live token object, and the members that have its current revision and owe nothing for it."""
 
     record: ObjectRecord
     members: frozenset[str]

@@ -66,7 +66,12 @@ def both() -> Iterator[list[Member]]:
         yield made
 
 
-_UNKNOWN_TO_PYTHON_PKCS11 = (CKA.CERTIFICATE_CATEGORY, CKA.JAVA_MIDP_SECURITY_DOMAIN, CKA.PUBLIC_KEY_INFO)
+_UNKNOWN_TO_PYTHON_PKCS11 = (
+    CKA.CERTIFICATE_CATEGORY,
+    CKA.JAVA_MIDP_SECURITY_DOMAIN,
+    CKA.NAME_HASH_ALGORITHM,
+    CKA.PUBLIC_KEY_INFO,
+)
 
 
 def put(both: list[Member], *records: ObjectRecord) -> None:

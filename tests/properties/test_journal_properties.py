@@ -25,6 +25,7 @@ from tests.support.journals import LABEL, SqliteBackend, ask, member, new_object
 MEMBERS = ("a", "b")
 INSTALL, SET, DESTROY = OwedKind.INSTALL, OwedKind.SET, OwedKind.DESTROY
 SHM = Path("/dev/shm")
+RARELY = (False, False, False, True)
 
 
 @dataclass(eq=False)
@@ -87,25 +88,38 @@ class JournalMachine(RuleBasedStateMachine):
 
     @initialize()
     def one_object_everywhere(self) -> None:
-        self.create(0, set(MEMBERS))
-        for call in list(self.calls):
+        self.create_at_once(0)
+
+    @precondition(lambda self: not list(self.any.objects()))  # few objects, so that histories meet
+    @rule(who=st.integers(0, 1))
+    def create_at_once(self, who: int) -> None:
+        journal = self.processes[who]
+        before = len(self.calls)
+        uid = self.create(who, set(MEMBERS))
+        for call in self.calls[before:]:
             self._execute(call)
             self.calls.remove(call)
             self._answered(call)
-        [intent] = self.any.intents()
-        assert self.any.go_live(intent.id, needed=len(MEMBERS), serving=MEMBERS)
+        record = journal.object(uid)
+        assert record is not None
+        assert record.intent is not None
+        assert journal.go_live(record.intent, needed=len(MEMBERS), serving=MEMBERS)
 
     # -- what applications ask for ---------------------------------------------------------------------------------
 
-    @precondition(lambda self: len(list(self.any.objects())) < 2)  # few, so that histories meet
+    @precondition(lambda self: len(list(self.any.objects())) < 2)
     @rule(who=st.integers(0, 1), asking=st.sets(st.sampled_from(MEMBERS)))
-    def create(self, who: int, asking: set[str]) -> None:
+    def create_slowly(self, who: int, asking: set[str]) -> None:
+        self.create(who, asking)
+
+    def create(self, who: int, asking: set[str]) -> bytes:
         journal, record = self.processes[who], new_object()
         self.records[record.uid] = record
         intent = journal.begin_create([record], asking=ask(*asking), membership_revision=revision_of(journal))
         _, owed = journal.placement(record.uid)
         for name in sorted(asking):
             self._call(journal, owed[name], record, intent=intent.id)
+        return record.uid
 
     @precondition(lambda self: self.any.intents())
     @rule(who=st.integers(0, 1), data=st.data(), forward=st.booleans())
@@ -122,11 +136,14 @@ class JournalMachine(RuleBasedStateMachine):
             copies, owed = journal.placement(intent.uids[0])
             assert any(name not in owed or owed[name].settled for name in copies)
 
-    @rule(who=st.integers(0, 1), data=st.data(), asking=st.sets(st.sampled_from(MEMBERS)))
-    def destroy(self, who: int, data: st.DataObject, asking: set[str]) -> None:
+    @precondition(lambda self: list(self.any.objects()))
+    @rule(
+        who=st.integers(0, 1), data=st.data(), asking=st.sets(st.sampled_from(MEMBERS)), really=st.sampled_from(RARELY)
+    )
+    def destroy(self, who: int, data: st.DataObject, asking: set[str], really: bool) -> None:
         journal = self.processes[who]
         records = list(journal.objects())
-        if not records:
+        if not really:
             return
         record = data.draw(st.sampled_from(records))
         _, rows = journal.destroy(record.uid, asking=ask(*asking), membership_revision=revision_of(journal))
@@ -193,6 +210,14 @@ class JournalMachine(RuleBasedStateMachine):
         else:
             token[:] = [one for one in token if one[0] != uid]
 
+    @precondition(lambda self: self._waiting(executed=False))
+    @rule(data=st.data())
+    def execute_and_reply(self, data: st.DataObject) -> None:
+        call = data.draw(st.sampled_from(self._waiting(executed=False)))
+        self._execute(call)
+        self.calls.remove(call)
+        self._answered(call)
+
     @precondition(lambda self: self._waiting(executed=True))
     @rule(data=st.data())
     def reply(self, data: st.DataObject) -> None:
@@ -243,8 +268,10 @@ class JournalMachine(RuleBasedStateMachine):
         kind = DESTROY if call.undo else call.kind
         call.owner.give_up([(call.member, call.record.uid)], doubt=True, kind=kind)
 
-    @rule(who=st.integers(0, 1))
-    def die(self, who: int) -> None:
+    @rule(who=st.integers(0, 1), really=st.sampled_from(RARELY))
+    def die(self, who: int, really: bool) -> None:
+        if not really:
+            return
         dead = self.processes[who]
         dead.close()
         for call in self.calls:
@@ -265,9 +292,7 @@ class JournalMachine(RuleBasedStateMachine):
         if not rows:
             return None
         chosen = data.draw(st.sampled_from(rows))
-        claimed = journal.claim(
-            [(chosen.member, chosen.uid)], worker="w", membership_revision=revision_of(journal)
-        )
+        claimed = journal.claim([(chosen.member, chosen.uid)], worker="w", membership_revision=revision_of(journal))
         if not claimed:
             return None
         [row] = claimed

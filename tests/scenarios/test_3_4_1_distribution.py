@@ -132,13 +132,10 @@ def test_unwrapped_and_derived(group: GroupFixture, session: Any) -> None:
     _, ours = parameters.generate_keypair()
     theirs, _ = parameters.generate_keypair()
     point = theirs[Attribute.EC_POINT][2:]
-    ours.derive_key(
-        KeyType.AES, 128, store=True, label="derived", mechanism_param=(pkcs11.KDF.NULL, None, point)
-    )
+    ours.derive_key(KeyType.AES, 128, store=True, label="derived", mechanism_param=(pkcs11.KDF.NULL, None, point))
     check_alike(group, "derived", 1)
     outputs = {
-        plain.use(member, "encrypt", SECRET, "derived", b"data", "AES_CBC_PAD", IV)
-        for member in group.members.values()
+        plain.use(member, "encrypt", SECRET, "derived", b"data", "AES_CBC_PAD", IV) for member in group.members.values()
     }
     assert len(outputs) == 1
 
@@ -253,9 +250,7 @@ def test_what_cannot_be_wrapped_is_refused_before_it_is_made(group: GroupFixture
         local=True,
     )
     with pytest.raises(pkcs11.PKCS11Error):
-        parameters.generate_keypair(
-            mechanism=Mechanism.EC_EDWARDS_KEY_PAIR_GEN, store=True, label="cannot be wrapped"
-        )
+        parameters.generate_keypair(mechanism=Mechanism.EC_EDWARDS_KEY_PAIR_GEN, store=True, label="cannot be wrapped")
     assert [plain.labels(member) for member in group.members.values()] == before
     assert list(session.get_objects({Attribute.LABEL: "cannot be wrapped"})) == []
 

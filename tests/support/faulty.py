@@ -1,0 +1,191 @@
+"""A group whose members misbehave on request: each one's module is the fault interposer over SoftHSM.
+
+Making a group takes seconds, so the tests share one (``fault_group``); each ends with :meth:`FaultGroup.heal`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import hagroup as pkcs11
+from tests.support import plain
+from tests.support.faults import FaultControl, build_interposer
+from tests.support.groups import PIN, GroupFixture, make_group, wait_until
+from tests.support.softhsm import SOFTHSM
+
+CALL, GENERATE, PROBE = 1.0, 5.0, 0.4
+BOUND = 3 * CALL + 1.0
+"""The longest call that the README allows."""
+ONE_HANG = CALL + PROBE + 0.6
+"""The longest call where one member hangs: its deadline, and a moment on a busy machine."""
+
+_groups: dict[Path, FaultGroup] = {}
+
+
+class FaultGroup:
+    """A group of three on disk, the fault controls of its members, and the library opened on it."""
+
+    def __init__(self, group: GroupFixture) -> None:
+        self.group = group
+        self.controls = {name: FaultControl(group.folder / name / "faults").init() for name in sorted(group.members)}
+        self.inline = group.folder / "inline.toml"
+        """The same group for a client with isolation ``none``."""
+        self.inline.write_text(group.toml.read_text().replace('"process"', '"none"'))
+        self.inline.chmod(0o600)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.controls)
+
+    @contextlib.contextmanager
+    def client(self, isolation: str = "process") -> Iterator[Any]:
+        """A logged-in read-write session of this process, with all members in service."""
+        lib = pkcs11.lib(str(self.group.toml if isolation == "process" else self.inline))
+        try:
+            with lib.get_token(token_label="payments").open(rw=True, user_pin=PIN) as session:
+                self.wait_serving(session)
+                yield session
+        finally:
+            self.clear()
+            lib.unload()
+
+    @staticmethod
+    def states(session: Any) -> dict[str, str]:
+        """Each member's state in this process."""
+        return {name: member.state.value for name, member in engine(session).roster.members.items()}
+
+    def wait_serving(self, session: Any, *names: str) -> None:
+        """Until these members (all) are in service here, and owe nothing."""
+        group = engine(session)
+        group.supervisor.wake()
+
+        def ready() -> bool:
+            return {member.name for member in group.roster.serving()} >= set(names or self.names)
+
+        wait_until(ready, f"members {names or self.names} in service")
+
+    def clear(self) -> None:
+        for control in self.controls.values():
+            control.clear()
+
+    def heal(self, session: Any) -> None:
+        """No faults; every member in service, owing nothing; no intent open."""
+        self.clear()
+        self.wait_serving(session)
+        journal = engine(session).journal
+
+        def settled() -> bool:
+            engine(session).supervisor.wake()
+            return not journal.owed() and not journal.intents()
+
+        try:
+            wait_until(settled, "the end of all that is owed")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; owed: {journal.owed()}; intents: {journal.intents()}") from None
+
+    def labels(self) -> dict[str, list[str]]:
+        """Labels of the application's objects on each token, read with plain pkcs11."""
+        return {name: plain.labels(member) for name, member in self.group.members.items()}
+
+    def everywhere(self, label: str) -> list[int]:
+        """How many objects with this label each member's token holds."""
+        return [labels.count(label) for labels in self.labels().values()]
+
+    def check_tokens(self, session: Any) -> None:
+        """What the group shows, and nothing else, is on every token: no ghosts, no second key."""
+        shown = sorted(item[pkcs11.Attribute.LABEL] for item in session.get_objects({pkcs11.Attribute.TOKEN: True}))
+        assert self.labels() == dict.fromkeys(self.names, shown)
+
+
+def engine(session: Any) -> Any:
+    """The engine's group behind a facade session."""
+    return session.engine._group
+
+
+def fault_group(fast_folder: Path) -> FaultGroup:
+    """The shared one; made when first asked for."""
+    found = _groups.get(fast_folder)
+    if found is None:
+        found = _groups[fast_folder] = make_fault_group(fast_folder / "faulty")
+    return found
+
+
+def make_fault_group(folder: Path, *options: str, members: int = 3) -> FaultGroup:
+    """A group with the interposer as every member's module and short deadlines."""
+    module = build_interposer()
+    environment = [f"HAGROUP_FAULT_MODULE={SOFTHSM}", "HAGROUP_FAULT_CONTROL={dir}/faults"]
+    settings = [word for setting in environment for word in ("--env", setting)]
+    group = make_group(folder, "--module", str(module), *settings, *options, members=members)
+    set_timeouts(group.toml)
+    return FaultGroup(group)
+
+
+def set_timeouts(toml: Path, call: float = CALL, generate: float = GENERATE, probe: float = PROBE) -> None:
+    text = toml.read_text()
+    for key, value in (("call", call), ("generate", generate), ("probe", probe)):
+        text, count = re.subn(rf"^({key}\s*= )[0-9.]+", rf"\g<1>{value}", text, flags=re.MULTILINE)
+        assert count == 1
+    toml.write_text(text)
+
+
+class Load:
+    """Threads that sign until they are told to stop; remembers every error and how long each call took."""
+
+    def __init__(self, work: Callable[[int], Any], threads: int = 12) -> None:
+        self._work = work
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self.errors: list[BaseException] = []
+        self.calls: list[tuple[float, float]] = []
+        """(when it ended, how long it took), monotonic."""
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(threads)]
+
+    def _run(self, number: int) -> None:
+        while not self._stop.is_set():
+            started = time.monotonic()
+            try:
+                self._work(number)
+            except BaseException as error:
+                self.errors.append(error)
+            ended = time.monotonic()
+            with self._lock:
+                self.calls.append((ended, ended - started))
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive(), "a call never came back"
+
+    def done(self) -> int:
+        return len(self.calls)
+
+    def wait_for(self, more: int) -> None:
+        """Until ``more`` further calls ended."""
+        goal = self.done() + more
+        wait_until(lambda: self.done() >= goal or self.errors, f"{more} more calls")
+
+    def since(self, when: float) -> list[tuple[float, float]]:
+        """The calls that ended after ``when``."""
+        with self._lock:
+            return [(ended, took) for ended, took in self.calls if ended > when]
+
+    def longest(self, since: float = 0.0) -> float:
+        return max(took for _, took in self.since(since))
+
+    def longest_silence(self, since: float) -> float:
+        """The longest time in which no call at all ended."""
+        times = sorted([since, *(ended for ended, _ in self.since(since))])
+        return max(later - earlier for earlier, later in pairwise(times))
