@@ -40,9 +40,7 @@ class FingerprintKind(StrEnum):
 
     PUBLIC = "public"  # SHA-256 over the public attributes, in the order of their numbers
     DIGEST = "digest"  # SHA-256 by C_DigestKey over salt || key
-    NONE = (
-        "none"  # the class has nothing to compare but its attributes (data objects: VALUE is compared whole)
-    )
+    NONE = "none"  # the class has nothing to compare but its attributes (data objects: VALUE is compared whole)
 
 
 class Fingerprint(msgspec.Struct, frozen=True, array_like=True):

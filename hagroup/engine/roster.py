@@ -173,10 +173,11 @@ class Roster:
 
     def may_come(self) -> bool:
         """Some member is being connected, probed or resynced now: worth waiting for, within a call's bound."""
-        now = self.clock.boot()
+        soon = self.clock.boot() + _SOON
         return any(
             (member.busy and not member.serving)
-            or (member.state in (State.JOINING, State.FAILED) and member.next_attempt <= now)
+            or member.state is State.SUSPECT
+            or (member.state in (State.JOINING, State.FAILED) and member.next_attempt <= soon)
             for member in self.members.values()
         )
 

@@ -146,9 +146,7 @@ class Connection(Protocol):
     def verify(
         self, mech: Mechanism, key: Handle, data: bytes, signature: bytes, *, sid: SessionId = 0, timeout: float
     ) -> None: ...
-    def encrypt(
-        self, mech: Mechanism, key: Handle, data: bytes, *, sid: SessionId = 0, timeout: float
-    ) -> bytes: ...
+    def encrypt(self, mech: Mechanism, key: Handle, data: bytes, *, sid: SessionId = 0, timeout: float) -> bytes: ...
     def decrypt(
         self,
         mech: Mechanism,
@@ -159,9 +157,7 @@ class Connection(Protocol):
         sid: SessionId = 0,
         timeout: float,
     ) -> bytes: ...
-    def digest(
-        self, mech: Mechanism, parts: list[bytes | Handle], *, sid: SessionId = 0, timeout: float
-    ) -> bytes:
+    def digest(self, mech: Mechanism, parts: list[bytes | Handle], *, sid: SessionId = 0, timeout: float) -> bytes:
         """C_Digest for one bytes part; else C_DigestUpdate for bytes and C_DigestKey for handles, in order."""
         ...
 
