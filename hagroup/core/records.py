@@ -109,7 +109,7 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
     doubt_since: float | None = None
     """Boot time at which its owner gave up waiting, or was found dead; None: the owner still waits for the reply."""
     spoiled: bool = False
-    """Another owner removed the object from the token since: a reply no longer shows that it is there."""
+    """Another attempt ended since that changed the object there, in whichever order: a reply shows nothing any more."""
 
     @property
     def since(self) -> float:

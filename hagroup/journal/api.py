@@ -241,7 +241,7 @@ class Journal(Protocol):
         ``set`` of the newest.
 
         False, refused: the object was destroyed meanwhile, the row is another owner's or asks for something else now,
-        there is no own attempt, or another owner removed the object there after it was asked for. For an ``install``
+        there is no own attempt, or another attempt changed the object there since it was asked for. For an ``install``
         or ``set`` the caller must now undo what it did on that member, and then say so (``undone``, or ``confirm``
         with ``destroy``): its attempt stands as a ``destroy`` until then. What is owed stays owed.
 

@@ -9,12 +9,15 @@ as an *attempt*, and these rules hold:
 3. A confirmation that is refused turns its attempt into a ``destroy`` one, because its owner now undoes on the member
    what he did. The row stays until he reports that (``undone``), gives up, or is found dead.
 4. However a ``destroy`` attempt on an object that should be there ends, the object may be gone from the member, with
-   what others installed meanwhile. So the copy is forgotten, the row is owed as ``install`` anew, and all other
-   attempts are *spoiled*: their replies show nothing any more, and are refused (rule 3).
+   what others installed meanwhile. So the copy is forgotten, and the row is owed as ``install`` anew.
+5. Whenever an attempt ends that did something to the object on the member, all other attempts in the row are *spoiled*:
+   nobody knows in which order the two were executed, so their replies show nothing, and are refused (rule 3).
 
 Why 3 and 4: O1 sends an install to M and is slow. O2 takes over, installs, confirms. O1's reply comes, its
 confirmation is refused (the row is O2's, or nobody's), O1 destroys what it made: on M that is found by locator and
 fingerprint, so it may be what O2 made. Without rule 4 the journal would go on listing a copy that is not there.
+Why 5: one thread sets a new label on M and is slow; another makes the object anew there, in its old revision, and
+confirms; then the first one's reply comes. Without rule 5 M would count as having the new label.
 """
 
 from __future__ import annotations
@@ -152,7 +155,7 @@ def confirmed(row: OwedRow | None, said: Confirmation, state: Situation, asker: 
         return _refused(row, mine, said, state, asker, change)
     locator = said.locator or record.locator
     copy = Copy(member=said.member, uid=said.uid, revision=said.revision, locator=locator)
-    left = _without(row, (mine,), asker.owner)
+    left = _spoiled(_without(row, (mine,), asker.owner))
     left = replace(left, reason=None, locators=merged(left.locators, (locator,)), asked_before=True)
     if said.revision < state.wanted:  # it is there, but behind by now
         behind = replace(left, kind=OwedKind.SET, revision=state.wanted, settled=False)
@@ -212,14 +215,18 @@ def _removed(row: OwedRow, mine: Attempt | None, record: ObjectRecord | None, ow
     return Outcome(row=None, forget_copy=True)
 
 
+def _spoiled(row: OwedRow) -> OwedRow:
+    """Rule 5. (A destroy stays what it is: it is believed that the object is gone, and then it is made anew.)"""
+    attempts = tuple(one if one.kind is OwedKind.DESTROY else replace(one, spoiled=True) for one in row.attempts)
+    return replace(row, attempts=attempts)
+
+
 def _install_anew(row: OwedRow, record: ObjectRecord) -> OwedRow:
     """Rule 4."""
-    attempts = tuple(one if one.kind is OwedKind.DESTROY else replace(one, spoiled=True) for one in row.attempts)
     return replace(
-        row,
+        _spoiled(row),
         kind=OwedKind.INSTALL,
         revision=record.revision,
-        attempts=attempts,
         settled=False,
         asked_before=True,
         reason=None,

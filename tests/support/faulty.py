@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from tests.support.faults import FaultControl, build_interposer
 from tests.support.groups import PIN, GroupFixture, make_group, wait_until
 from tests.support.softhsm import SOFTHSM
 
-CALL, GENERATE, PROBE = 1.0, 5.0, 0.4
+CALL, GENERATE, PROBE = 1.0, 3.0, 0.4
 BOUND = 3 * CALL + 1.0
 """The longest call that the README allows."""
 ONE_HANG = CALL + PROBE + 0.6
@@ -35,19 +37,26 @@ class FaultGroup:
     def __init__(self, group: GroupFixture) -> None:
         self.group = group
         self.controls = {name: FaultControl(group.folder / name / "faults").init() for name in sorted(group.members)}
-        self.inline = group.folder / "inline.toml"
+        self.inline = self.variant("inline", '"process"', '"none"')
         """The same group for a client with isolation ``none``."""
-        self.inline.write_text(group.toml.read_text().replace('"process"', '"none"'))
-        self.inline.chmod(0o600)
+
+    def variant(self, name: str, old: str, new: str) -> Path:
+        """The configuration with one thing changed, beside the original: another client of the same group."""
+        text = self.group.toml.read_text()
+        assert old in text
+        path = self.group.folder / f"{name}.toml"
+        path.write_text(text.replace(old, new))
+        path.chmod(0o600)
+        return path
 
     @property
     def names(self) -> list[str]:
         return list(self.controls)
 
     @contextlib.contextmanager
-    def client(self, isolation: str = "process") -> Iterator[Any]:
+    def client(self, isolation: str = "process", toml: Path | None = None) -> Iterator[Any]:
         """A logged-in read-write session of this process, with all members in service."""
-        lib = pkcs11.lib(str(self.group.toml if isolation == "process" else self.inline))
+        lib = pkcs11.lib(str(toml or (self.group.toml if isolation == "process" else self.inline)))
         try:
             with lib.get_token(token_label="payments").open(rw=True, user_pin=PIN) as session:
                 self.wait_serving(session)
@@ -55,6 +64,25 @@ class FaultGroup:
         finally:
             self.clear()
             lib.unload()
+
+    @staticmethod
+    def prefer(session: Any, name: str) -> None:
+        """This thread's next call goes to this member, if that is as good as others."""
+        roster = engine(session).roster
+        roster._here.last = roster.members[name]
+
+    @staticmethod
+    def in_use(session: Any) -> str:
+        """The member that a call or stream is on just now (there is one)."""
+        (name,) = [name for name, member in engine(session).roster.members.items() if member.outstanding]
+        return str(name)
+
+    def kill(self, session: Any, name: str) -> None:
+        """SIGKILL to this process's worker; returns when it is noticed."""
+        member = engine(session).roster.members[name]
+        life = member.life
+        self.group.workers()[name].send_signal(signal.SIGKILL)
+        wait_until(lambda: life is None or not life.connection.alive, f"the end of {name}'s worker")
 
     @staticmethod
     def states(session: Any) -> dict[str, str]:
@@ -92,11 +120,8 @@ class FaultGroup:
 
     def labels(self) -> dict[str, list[str]]:
         """Labels of the application's objects on each token, read with plain pkcs11."""
-        return {name: plain.labels(member) for name, member in self.group.members.items()}
-
-    def everywhere(self, label: str) -> list[int]:
-        """How many objects with this label each member's token holds."""
-        return [labels.count(label) for labels in self.labels().values()]
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(self.names, pool.map(plain.labels, self.group.members.values()), strict=True))
 
     def check_tokens(self, session: Any) -> None:
         """What the group shows, and nothing else, is on every token: no ghosts, no second key."""
