@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle
 from hagroup.core.ckr import CKR
 from hagroup.core.classify import Verdict, classify
-from hagroup.engine.member import Life, Member
+from hagroup.engine.member import Life, Member, Missing, Usable
 from hagroup.engine.roster import CONNECTION_LOST, Roster
 from hagroup.errors import CallTimeout, GroupUnavailable
 
@@ -24,36 +24,6 @@ Operation = Callable[[Life, list[Handle]], T]
 _OVERLOAD_PAUSE = 0.02
 _MOST_DEATHS = 2
 """A call in which two members died or hung is not sent to a third: it may be the call that kills them."""
-
-
-class Missing(Exception):
-    """The object is not on this member although the journal has it there."""
-
-
-class Usable(Protocol):
-    """An object that an operation uses: a token object of the journal or a session object of this process."""
-
-    always_authenticate: bool
-
-    def on(self, member: Member) -> bool:
-        """Whether it can be used on this member now."""
-        ...
-
-    def handle(self, member: Member, life: Life) -> Handle:
-        """Its handle in this life; raises :class:`Missing`."""
-        ...
-
-    def forget(self, member: Member, life: Life) -> None:
-        """The member says that the handle is stale."""
-        ...
-
-    def missing(self, member: Member) -> None:
-        """It is not there: have it repaired."""
-        ...
-
-    def suspect_replica(self, member: Member) -> None:
-        """Another member could use it, this one could not: have it proved."""
-        ...
 
 
 class Caller:
@@ -83,13 +53,17 @@ class Caller:
         :raises CallTimeout: two members died or hung in it.
         """
         attempt = _Attempt(self._roster, objects, need_keys=need_keys, only=only, patience=self._patience)
+        member = None if need_keys or only is not None else self._roster.stay(objects)
         while True:
-            member = attempt.next_member()
+            if member is None:
+                member = attempt.next_member()
             life = member.life
+            if life is None:  # it failed between being chosen and now
+                self._roster.done(member)
+                member = None
+                continue
             again: Ckr | None = None
             try:
-                if life is None:  # it failed between being chosen and now
-                    continue
                 try:
                     result = operation(life, [item.handle(member, life) for item in objects])
                     member.rests = 0
@@ -114,6 +88,7 @@ class Caller:
                     again.rv, member.config.errors, logged_in=logged_in, always_authenticate=authenticate
                 )
                 attempt.answered(member, life, again, verdict, mechanism)
+            member = None
 
 
 class _Attempt:

@@ -19,9 +19,8 @@ from hagroup.core.ckr import CKR
 from hagroup.core.records import Locator, ObjectRecord, ObjectState
 from hagroup.core.templates import class_of, final_attributes, scratch_template
 from hagroup.engine import replica
-from hagroup.engine.calls import Missing
 from hagroup.engine.domain import reseal, seal, seal_private_data
-from hagroup.engine.member import Life, Member
+from hagroup.engine.member import Life, Member, Missing
 from hagroup.engine.objects import SessionObject, TokenObject, is_true
 from hagroup.engine.proof import fingerprint
 from hagroup.engine.roster import CONNECTION_LOST

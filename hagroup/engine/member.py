@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import Protocol
 
 from hagroup.config.model import MemberConfig
+from hagroup.core.calls import Handle
 from hagroup.core.states import Event, State, next_state
 from hagroup.engine.domain import DomainKeys
 from hagroup.members.api import Connection, MechanismInfo, TokenInfo
@@ -93,3 +95,28 @@ class Member:
         before = self.state
         self.state = next_state(before, event)
         return self.state is not before
+
+
+class Missing(Exception):
+    """The object is not on this member although the journal has it there."""
+
+
+class Usable(Protocol):
+    """An object that an operation uses: a token object of the journal or a session object of this process."""
+
+    always_authenticate: bool
+
+    def on(self, member: Member) -> bool:
+        """Whether it can be used on this member now."""
+
+    def handle(self, member: Member, life: Life) -> Handle:
+        """Its handle in this life; raises :class:`Missing`."""
+
+    def forget(self, member: Member, life: Life) -> None:
+        """The member says that the handle is stale."""
+
+    def missing(self, member: Member) -> None:
+        """It is not there: have it repaired."""
+
+    def suspect_replica(self, member: Member) -> None:
+        """Another member could use it, this one could not: have it proved."""

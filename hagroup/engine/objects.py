@@ -12,8 +12,7 @@ from hagroup.core.calls import Ckr, Handle
 from hagroup.core.ckr import CKR
 from hagroup.core.records import ObjectRecord
 from hagroup.engine import replica
-from hagroup.engine.calls import Missing
-from hagroup.engine.member import Life, Member
+from hagroup.engine.member import Life, Member, Missing
 from hagroup.engine.view import ObjectView
 
 

@@ -8,8 +8,8 @@ from hashlib import sha256
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle, Mechanism, SessionId
 from hagroup.core.ckr import CKR
 from hagroup.core.classify import Verdict, classify
-from hagroup.engine.calls import Caller, Missing, Usable
-from hagroup.engine.member import Life, Member
+from hagroup.engine.calls import Caller
+from hagroup.engine.member import Life, Member, Missing, Usable
 from hagroup.engine.roster import CONNECTION_LOST, Roster
 from hagroup.errors import CallTimeout, StreamTooLong
 

@@ -1,4 +1,4 @@
-"""Runs a measurement: plain python-pkcs11 and groups in turns, so that a busy moment of the machine hits all of them."""
+"""Runs a measurement: plain python-pkcs11 and groups in turns, so that a busy moment of the machine hits all."""
 
 from __future__ import annotations
 
@@ -99,13 +99,13 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, An
 
 
 def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
+    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    return f"{platform.machine()}, {os.cpu_count()} cores, {system}"
 
 
 def show(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
-    print(
-        f"{machine()}; SoftHSM, {options.members} members; calls per second, in brackets the ratio to plain python-pkcs11"
-    )
+    print(f"{machine()}; SoftHSM, {options.members} members")
+    print("calls per second; in brackets the ratio to plain python-pkcs11")
     print(f"{'operation':20} {'threads':>7} {'plain':>10} {'process':>18} {'none':>18} {'longest (process)':>18}")
     for case, plain in results["plain"].items():
         name, threads = case.split("|")
