@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from hagroup import Attribute, KeyType, ObjectClass
+from tests.support.faults import FaultControl
 from tests.support.faulty import FaultGroup
 from tests.support.groups import wait_until
 
@@ -37,6 +39,10 @@ def change_label(session: Any, label: str) -> None:
 
 def destroy(session: Any, label: str) -> None:
     session.get_key(label=f"{label} before").destroy()
+
+
+def has_fired(control: FaultControl, rule: int) -> bool:
+    return any(one.fired for one in control.rules() if one.id == rule)
 
 
 # What the member is asked for in each, and the calls before that one with the same function.
@@ -69,7 +75,7 @@ def test_it_happened_once(faulty: FaultGroup, session: Any, operation: Callable[
         faulty.prefer(session, VICTIM)
         rule = control.add(function, action, skip=skip, times=1)
         operation(session, label)
-        wait_until(lambda: next(r for r in control.rules() if r.id == rule).fired, f"{action} in {label}")
+        wait_until(functools.partial(has_fired, control, rule), f"{action} in {label}")
         if action in ("hang-after", "late"):
             control.wait_held(rule)
             faulty.kill(session, VICTIM)
