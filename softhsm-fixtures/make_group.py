@@ -146,7 +146,7 @@ def create_group(config_path: Path, directory: Path, options: argparse.Namespace
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
         so_pin_file.unlink()
-    if done.returncode not in (0, 1):
+    if done.returncode:
         raise Refused((done.stderr or done.stdout).strip().removeprefix("ha-admin: "))
 
 

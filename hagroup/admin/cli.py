@@ -5,20 +5,31 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import click
 import msgspec
 import typer
 
 from hagroup.admin import commands, show
+from hagroup.admin.member_commands import member_app
+from hagroup.admin.options import (
+    DEGRADED,
+    FINE,
+    UNREACHABLE,
+    USAGE,
+    Json,
+    PinEnv,
+    PinFile,
+    choose,
+    chosen_config,
+    confirm,
+)
 from hagroup.admin.pins import default_config
 from hagroup.config import logging as logs
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone
 from hagroup.errors import GroupUnavailable, HAError
 from hagroup.members import ModuleProblem
-
-FINE, DEGRADED, USAGE, UNREACHABLE = 0, 1, 2, 3
 
 app = typer.Typer(
     name="ha-admin",
@@ -30,14 +41,7 @@ app = typer.Typer(
 )
 group_app = typer.Typer(help="The group as a whole.", no_args_is_help=True)
 app.add_typer(group_app, name="group")
-
-_chosen: dict[str, Path] = {}
-
-PinFile = Annotated[
-    Path | None, typer.Option("--pin-file", help="file with the user PIN, for members without a `pin` source")
-]
-PinEnv = Annotated[str | None, typer.Option("--pin-env", help="environment variable with the user PIN")]
-Json = Annotated[bool, typer.Option("--json", help="print a document for programs")]
+app.add_typer(member_app, name="member")
 
 
 @app.callback()
@@ -46,22 +50,10 @@ def _options(
         Path | None, typer.Option("--config", "-c", metavar="FILE", help="hagroup.toml (default: $HAGROUP_CONFIG)")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log to standard error what is done")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no word about what went well")] = False,
 ) -> None:
     logs.configure("console", "DEBUG" if verbose else "CRITICAL")
-    named = config or (Path(path) if (path := default_config()) else None)
-    if named is not None:
-        _chosen["config"] = named
-
-
-def _config() -> Path:
-    if "config" not in _chosen:
-        _fail("no configuration: give --config FILE or set HAGROUP_CONFIG", USAGE)
-    return _chosen["config"]
-
-
-def _fail(text: str, status: int) -> NoReturn:
-    print(f"ha-admin: {text}", file=sys.stderr)
-    raise typer.Exit(status)
+    choose(config or (Path(path) if (path := default_config()) else None), quiet=quiet)
 
 
 @group_app.command("create")
@@ -80,22 +72,18 @@ def group_create(
     Two people are needed, as for every join: the user (PIN) and the security officer (SO PIN) of the first member.
     """
     commands.create(
-        _config(),
+        chosen_config(),
         pin=(pin_file, pin_env),
         so_pin=(so_pin_file, so_pin_env),
         sealed=sealed,
-        confirm=None if yes else _confirm,
+        confirm=None if yes else confirm,
     )
-
-
-def _confirm(question: str) -> bool:
-    return sys.stdin.isatty() and typer.confirm(question)
 
 
 @app.command()
 def status(as_json: Json = False) -> None:
     """Show at one look what is wrong and what to do. Needs no PIN."""
-    found = commands.status(_config())
+    found = commands.status(chosen_config())
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
     else:
@@ -109,7 +97,7 @@ def status(as_json: Json = False) -> None:
 @app.command()
 def sync(pin_file: PinFile = None, pin_env: PinEnv = None, as_json: Json = False) -> None:
     """Bring every reachable member up to date now, and finish what processes that died left open."""
-    done = commands.sync(_config(), pin=(pin_file, pin_env))
+    done = commands.sync(chosen_config(), pin=(pin_file, pin_env))
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(done), indent=2).decode())
     else:
@@ -131,9 +119,9 @@ def objects(
 ) -> None:
     """List the group's objects, or with --member what one member's own token holds."""
     if member is None:
-        found = commands.group_objects(_config())
+        found = commands.group_objects(chosen_config())
     else:
-        found = commands.member_objects(_config(), member, pin=(pin_file, pin_env))
+        found = commands.member_objects(chosen_config(), member, pin=(pin_file, pin_env))
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
     else:

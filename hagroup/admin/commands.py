@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,7 @@ from hagroup.engine import status as group_status
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.roster import open_life
 from hagroup.errors import ConfigurationError, GroupUnavailable
-from hagroup.journal import open_journal
+from hagroup.journal import Journal, open_journal
 from hagroup.journal.clock import SystemClock
 
 PinOptions = tuple[Path | None, str | None]
@@ -87,6 +88,20 @@ def _user_pins(config: GroupConfig, options: PinOptions) -> dict[str, Pin]:
             given = pins.read("user PIN", file=options[0], variable=options[1])
         found[member.name] = given
     return found
+
+
+@contextmanager
+def opened_journal(config: GroupConfig) -> Iterator[Journal]:
+    """The journal alone: for what needs no member."""
+    if config.group.serial is None:
+        raise ConfigurationError(
+            f"{config.path}: the group was not created yet; run `ha-admin --config {config.path} group create`"
+        )
+    journal = open_journal(str(config.journal.url), clock=SystemClock())
+    try:
+        yield journal
+    finally:
+        journal.close()
 
 
 def status(path: Path) -> group_status.Status:

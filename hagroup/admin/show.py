@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +25,14 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    """Lines under headers."""
+    found = _table(*columns)
+    for line in lines:
+        found.add_row(*line)
+    _console().print(found)
+
+
 def status(found: Status) -> None:
     console = _console()
     group = found.group
@@ -35,9 +43,9 @@ def status(found: Status) -> None:
     console.print(f"journal {found.journal.url}: {'ok' if found.journal.ok else 'not reachable'}")
     console.print(f"{found.objects} objects, {found.tombstones} tombstones")
     console.print()
-    table = _table("member", "serial", "role", "state", "missing", "stale", "to delete", "why / since")
+    lines = _table("member", "serial", "role", "state", "missing", "stale", "to delete", "why / since")
     for member in found.members:
-        table.add_row(
+        lines.add_row(
             member.name,
             member.serial,
             member.role,
@@ -48,7 +56,7 @@ def status(found: Status) -> None:
             member.reason or member.since,
             style=_STYLES.get(member.state),
         )
-    console.print(table)
+    console.print(lines)
 
 
 def sync(done: Synced) -> None:
@@ -60,7 +68,7 @@ def sync(done: Synced) -> None:
 
 def objects(found: Sequence[ObjectLine]) -> None:
     console = _console()
-    table = _table("class", "type", "label", "id", "uid / what it is")
+    lines = _table("class", "type", "label", "id", "uid / what it is")
     for line in found:
-        table.add_row(line.object_class, line.key_type or "", line.label, line.id, line.note)
-    console.print(table)
+        lines.add_row(line.object_class, line.key_type or "", line.label, line.id, line.note)
+    console.print(lines)

@@ -27,6 +27,7 @@ from hagroup.config.model import (
     is_softhsm,
 )
 from hagroup.core import ckr
+from hagroup.core.records import Role
 from hagroup.errors import ConfigurationError
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -80,6 +81,55 @@ def append_member(path: str | os.PathLike[str], member: MemberConfig) -> GroupCo
     return _rewrite(before, f"{text}{end}\n{_member(member, before.folder)}", expected)
 
 
+def remove_member(path: str | os.PathLike[str], name: str) -> GroupConfig:
+    """Takes the ``[[member]]`` of that name out of the file; a comment above the section after it stays with that."""
+    before, text = _read(path)
+    index = _index(before, name)
+    start = Lines(text).place(("member", index))
+    assert start is not None
+    expected = msgspec.structs.replace(
+        before, members=tuple(member for member in before.members if member.name != name)
+    )
+    ends = [match.start() for match in re.finditer(r"(?:^[ \t]*#[^\n]*\n)*^[ \t]*\[", text, re.MULTILINE)]
+    for end in [*(end for end in ends if end > start.key_start), len(text)]:  # a line of an array may look like one
+        changed = text[: start.key_start] + text[end:]
+        try:
+            if load_text(changed, before.path) == expected:
+                return _rewrite(before, changed.rstrip("\n") + "\n", expected)
+        except ConfigurationError:
+            continue
+    raise _by_hand(before)
+
+
+def set_member_role(path: str | os.PathLike[str], name: str, role: Role) -> GroupConfig:
+    """Sets ``role`` of one ``[[member]]``; all else in the file stays as it is."""
+    before, text = _read(path)
+    index = _index(before, name)
+    lines = Lines(text)
+    if place := lines.place(("member", index, "role")):
+        changed = text[: place.value_start] + _text(role) + text[place.value_end :]
+    else:
+        named = lines.place(("member", index, "name"))
+        assert named is not None
+        line = text.rfind("\n", 0, named.key_start) + 1
+        changed = f"{text[:line]}{text[line : named.key_start]}role = {_text(role)}\n{text[line:]}"
+    members = tuple(
+        msgspec.structs.replace(member, role=role) if member.name == name else member for member in before.members
+    )
+    return _rewrite(before, changed, msgspec.structs.replace(before, members=members))
+
+
+def _index(config: GroupConfig, name: str) -> int:
+    for index, member in enumerate(config.members):
+        if member.name == name:
+            return index
+    raise ConfigurationError(f"{config.path} has no member {name!r}")
+
+
+def _by_hand(before: GroupConfig) -> ConfigurationError:
+    return ConfigurationError(f"{before.path} is written in a way that cannot be changed safely: edit it by hand")
+
+
 def set_group_serial(path: str | os.PathLike[str], serial: str) -> GroupConfig:
     """Sets ``[group] serial`` in the file; all else in it, comments too, stays as it is."""
     before, text = _read(path)
@@ -130,7 +180,7 @@ def _rewrite(before: GroupConfig, text: str, expected: GroupConfig) -> GroupConf
     """Replaces the file, once it is proved that the new text means what was wanted and nothing else."""
     after = load_text(text, before.path)
     if after != expected:
-        raise ConfigurationError(f"{before.path} is written in a way that cannot be changed safely: edit it by hand")
+        raise _by_hand(before)
     _replace(before.path, text, None)
     return after
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from hagroup.core.calls import Ckr, DeadlinePassed, Handle
+from hagroup.core.calls import Ckr, DeadlinePassed, Handle, StaleGeneration
 from hagroup.core.ckr import CKR
 from hagroup.core.classify import Verdict, classify
 from hagroup.engine.member import Life, Member, Missing, Usable
@@ -67,6 +67,7 @@ class Caller:
                 try:
                     result = operation(life, [item.handle(member, life) for item in objects])
                     member.rests = 0
+                    member.answers += 1
                     return result
                 except Ckr as error:
                     again = error
@@ -75,7 +76,7 @@ class Caller:
                     attempt.died(member, error)
                 except CONNECTION_LOST as error:
                     self._roster.lost(member, life, str(error))
-                    attempt.died(member, error)
+                    attempt.lost(member, error)
                 except Missing:
                     for item in objects:
                         item.missing(member)
@@ -106,6 +107,8 @@ class _Attempt:
         self._tried: set[str] = set()
         self._refound: set[str] = set()
         self._deaths = 0
+        self._come_back: set[str] = set()
+        """Members whose worker died in this call: where nobody else is left, the next worker may be asked, once."""
         self._answer: Ckr | None = None
         self._ambiguous = False
         self._overloaded = False
@@ -143,10 +146,13 @@ class _Attempt:
         if self._answer is not None:
             raise self._answer
 
+        self._tried -= self._come_back
+        self._come_back.clear()
+
         def somebody() -> bool:
             return any(self._can(member) for member in self._roster.members.values()) or not self._roster.may_come()
 
-        if left > 0 and self._roster.may_come():
+        if left > 0:
             self._roster.wake()
             self._roster.wait_for_change(left, somebody)
             if any(self._can(member) for member in self._roster.members.values()):
@@ -171,6 +177,15 @@ class _Attempt:
         self._deaths += 1
         if self._deaths >= _MOST_DEATHS:
             raise CallTimeout(f"two members died or did not answer in this call, a third is not asked: {error}")
+
+    def lost(self, member: Member, error: Exception) -> None:
+        """Its connection ended: in this call, or before it, which tells nothing of this call and counts as no death."""
+        if getattr(error, "sent", not isinstance(error, StaleGeneration)):
+            self._come_back.add(member.name)
+            self.died(member, error)
+        elif member.name in self._refound:
+            self._tried.add(member.name)
+        self._refound.add(member.name)
 
     def not_there(self, member: Member) -> None:
         self._tried.add(member.name)

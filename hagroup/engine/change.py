@@ -19,7 +19,7 @@ from hagroup.engine.member import Life, Member
 from hagroup.engine.objects import SessionObject, TokenObject
 from hagroup.engine.replicate import Outcome, Result
 from hagroup.errors import GroupUnavailable, OutcomeUnknown
-from hagroup.journal.api import Asking, Busy, NoLongerLive, StaleMembership
+from hagroup.journal.api import Busy, NoLongerLive
 
 if TYPE_CHECKING:
     from hagroup.engine.group import GroupEngine
@@ -68,25 +68,33 @@ class Changer:
         after = self._changed(old, new, logged_in=logged_in)
         try:
             intent, targets = self._group.replication.begin(
+                [uid],
                 lambda asking, revision: self._journal.begin_set(
                     uid,
                     revision=old.revision,
                     new_attributes=new,
                     new_envelope=after.envelope,
-                    asking=[one for one in asking if one.member in found.members],
+                    asking=asking,
                     membership_revision=revision,
-                )
+                ),
+                # Those that owe something for it already are left alone: what they are asked for may come to be late.
+                usable=lambda member: member.name in found.members,
             )
         except Busy as busy:
             if not self._journal.owner_alive(busy.intent.owner):
                 self._group.supervisor.recover_now()
             self._group.view.refresh()
             raise
-        if self._group.mirror is not None:
-            self._group.mirror.put([after])
-        asked = [(member, life) for member, life in targets if member.name in found.members]
-        results = self._ask_all(asked, old, after, intent)
-        self._conclude(intent, after, results)
+        try:
+            if self._group.mirror is not None:
+                self._group.mirror.put([after])
+            self._conclude(intent, old, after, self._ask_all(targets, old, after, intent))
+        except BaseException:
+            self._group.supervisor.unresolved(intent.id)
+            raise
+        finally:
+            for member, _ in targets:
+                self._group.replication.ended(member, [uid])
 
     def _changed(self, old: ObjectRecord, new: dict[int, bytes], *, logged_in: bool) -> ObjectRecord:
         after = msgspec.structs.replace(old, revision=old.revision + 1, attributes={**old.attributes, **new})
@@ -111,8 +119,10 @@ class Changer:
         return msgspec.structs.replace(after, envelope=sealed)
 
     def _ask_all(
-        self, asked: Sequence[tuple[Member, Life]], old: ObjectRecord, after: ObjectRecord, intent: Intent
-    ) -> list[Result]:
+        self, targets: Sequence[tuple[Member, Life]], old: ObjectRecord, after: ObjectRecord, intent: Intent
+    ) -> list[tuple[Member, Life, Result]]:
+        asked = [(member, life) for member, life in targets if member.name in intent.asked]
+
         def ask(member: Member, life: Life) -> Result:
             try:
                 return self._group.replicator.set(member, life, old, after, intent.change)
@@ -122,16 +132,21 @@ class Changer:
 
         futures = [self._roster.run(ask, member, life) for member, life in asked]
         wait(futures)
-        return [future.result() for future in futures]
+        return [(member, life, future.result()) for (member, life), future in zip(asked, futures, strict=True)]
 
-    def _conclude(self, intent: Intent, after: ObjectRecord, results: list[Result]) -> None:
+    def _conclude(
+        self, intent: Intent, old: ObjectRecord, after: ObjectRecord, answers: list[tuple[Member, Life, Result]]
+    ) -> None:
         """Accepted by any: only forward. Refused by all, none unknown: back. Else: whoever comes next finds out."""
-        accepted = [result.member for result in results if result.outcome is Outcome.CONFIRMED]
+        results = [result for _, _, result in answers]
+        accepted = [(member, life) for member, life, result in answers if result.outcome is Outcome.CONFIRMED]
         refused = [result for result in results if result.outcome is Outcome.REFUSED]
         if accepted:
-            self._journal.commit_set(intent.id)
-            for member in accepted:
-                self._group.replicator.confirm_set(member, after)
+            try:
+                self._journal.commit_set(intent.id)
+            finally:  # also where it was destroyed meanwhile: they did what nobody wants any more, and undo it
+                for member, life in accepted:
+                    self._group.replicator.confirm_set(member, life, old, after)
             self._group.supervisor.replace(after.uid, [result.member for result in refused])
             return
         if results and len(refused) == len(results):
@@ -164,38 +179,32 @@ class Changer:
     def destroy(self, item: TokenObject) -> None:
         """Tombstone first; then wherever it may be; then return (G2)."""
         record = item.record
-        while True:
-            self._group.follow()
-            self._group.replication.refuse_if_degraded()
-            targets = {member.name: (member, life) for member, life in self._group.replication.targets()}
-            if not targets:
-                raise GroupUnavailable("no member is usable now: nothing was destroyed")
-            asking = [Asking(member=name, worker=life.worker) for name, (_, life) in targets.items()]
-            try:
-                tombstone, rows = self._journal.destroy(
-                    record.uid,
-                    asking=asking,
-                    membership_revision=self._group.view.group.membership_revision,
-                )
-            except StaleMembership:
-                continue
-            except NoLongerLive as error:
-                raise Ckr(CKR.OBJECT_HANDLE_INVALID, "C_DestroyObject") from error
-            break
-        futures = [
-            self._roster.submit(
-                self._group.replicator.destroy,
-                *targets[row.member],
-                record.uid,
-                row.locators,
-                tombstone.fingerprint,
-                record.attributes,
-                tombstone.change,
+        uid = record.uid
+        try:
+            (tombstone, rows), targets = self._group.replication.begin(
+                [uid],
+                lambda asking, revision: self._journal.destroy(uid, asking=asking, membership_revision=revision),
             )
-            for row in rows
-            if row.member in targets
-        ]
-        wait(futures)
+        except NoLongerLive as error:
+            raise Ckr(CKR.OBJECT_HANDLE_INVALID, "C_DestroyObject") from error
+        owed = {row.member: row for row in rows}
+
+        def ask(member: Member, life: Life) -> None:
+            try:
+                if member.name in owed:
+                    self._group.replicator.destroy(
+                        member,
+                        life,
+                        uid,
+                        owed[member.name].locators,
+                        tombstone.fingerprint,
+                        record.attributes,
+                        tombstone.change,
+                    )
+            finally:
+                self._group.replication.ended(member, [uid])
+
+        wait([self._roster.submit(ask, member, life) for member, life in targets])
         if self._group.mirror is not None:
             self._group.mirror.drop(record.uid)
         log.info("object.destroyed", label=record.attributes.get(CKA.LABEL, b"").decode(errors="replace"))

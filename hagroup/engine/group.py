@@ -7,10 +7,13 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig
+from hagroup.core.calls import Ckr
+from hagroup.core.ckr import CKR
 from hagroup.core.clock import Clock
 from hagroup.core.records import Membership
 from hagroup.engine.access import Access
@@ -18,11 +21,12 @@ from hagroup.engine.api import MemberSlot, VirtualToken
 from hagroup.engine.calls import Caller
 from hagroup.engine.change import Changer
 from hagroup.engine.create import Maker
+from hagroup.engine.login import CKU_SO
 from hagroup.engine.member import Life
 from hagroup.engine.objects import Repairs, SessionObject, TokenObject
 from hagroup.engine.replicate import Replicator
 from hagroup.engine.replication import Replication
-from hagroup.engine.roster import Roster
+from hagroup.engine.roster import Roster, thread_pool
 from hagroup.engine.session import VirtualSession
 from hagroup.engine.supervisor import Supervisor
 from hagroup.engine.view import View
@@ -45,12 +49,24 @@ _groups: weakref.WeakSet[GroupEngine] = weakref.WeakSet()
 class GroupEngine:
     """Implements :class:`hagroup.engine.api.Group`."""
 
-    def __init__(self, config: GroupConfig, journal: Journal, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: GroupConfig,
+        journal: Journal,
+        clock: Clock,
+        *,
+        workers: Callable[[], Executor] = thread_pool,
+        supervised: bool = True,
+    ) -> None:
+        """:param workers: makes the pool that does the work; a test's may do it at once, in the calling thread.
+        :param supervised: have a thread look after the members; else somebody calls ``supervisor.tick``.
+        """
+        self._supervised = supervised
         self.config = config
         self.journal = journal
         self.clock = clock
         self.view = View(journal, serve_offline=config.journal.offline_serving == "allow")
-        self.roster = Roster(config, journal, self.view, clock)
+        self.roster = Roster(config, journal, self.view, clock, workers)
         self.caller = Caller(self.roster)
         self.replicator = Replicator(self.roster, self.view, journal)
         self.supervisor = Supervisor(self.roster, self.view, journal, self.replicator, clock, self.close)
@@ -69,7 +85,8 @@ class GroupEngine:
         self._closed = False
         self.roster.wake = self.supervisor.wake
         _groups.add(self)
-        self.supervisor.start()
+        if supervised:
+            self.supervisor.start()
 
     # -- what it is ----------------------------------------------------------------------------------------
     @property
@@ -157,6 +174,8 @@ class GroupEngine:
 
     # -- sessions and objects ------------------------------------------------------------------------------
     def open_session(self, *, rw: bool) -> VirtualSession:
+        if not rw and self.access.who == CKU_SO:
+            raise Ckr(CKR.SESSION_READ_WRITE_SO_EXISTS, "C_OpenSession")
         session = VirtualSession(self, next(self._numbers), rw=rw)
         with self._lock:
             self._sessions[session.id] = session
@@ -225,13 +244,15 @@ class GroupEngine:
         self.journal.reopen_after_fork()
         self.view.renew_after_fork()
         self.roster.renew_after_fork()
+        self.replicator.in_flight.renew_after_fork()
         self.access.renew_after_fork()
         for item in self._session_objects.values():
             item.renew_after_fork()
         self.supervisor = Supervisor(self.roster, self.view, self.journal, self.replicator, self.clock, self.close)
         self._repairs = Repairs(missing=self.supervisor.report_missing, prove=self.supervisor.report_doubtful)
         self.roster.wake = self.supervisor.wake
-        self.supervisor.start()
+        if self._supervised:
+            self.supervisor.start()
 
 
 def _child() -> None:

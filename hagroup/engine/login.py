@@ -10,17 +10,19 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterable
 
+import msgspec
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from hagroup.config.logging import get_logger
 from hagroup.config.model import MemberConfig
-from hagroup.config.pins import Pin, pin_source_identity, read_pin_stamped
+from hagroup.config.pins import Pin, pin_source_identity, pin_source_stamp, read_pin_stamped
 from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
 from hagroup.core.records import LoginRecord, LoginState
 from hagroup.engine.member import Life, Member
-from hagroup.errors import MemberQuarantined
+from hagroup.errors import ConfigurationError, HAError
 from hagroup.journal.api import Journal
 
 log = get_logger(__name__)
@@ -31,61 +33,121 @@ PIN_ERRORS = frozenset({CKR.PIN_INCORRECT, CKR.PIN_LOCKED, CKR.PIN_EXPIRED, CKR.
 APPLICATION = "application"
 
 
-class PinStore:
-    """The PINs that this process holds in memory: per member from its source, and the application's."""
+class LoginHeld(HAError):
+    """No PIN was tried on this member, and the group has not judged it: it is out of use for this process until what
+    the text names was put right, which then needs nothing else."""
 
-    def __init__(self) -> None:
+
+class _Held(msgspec.Struct, frozen=True):
+    """A PIN that a member accepted."""
+
+    pin: Pin
+    stamp: str = ""
+    """Of the member's PIN source at that time; with ``changed``: when the PIN was changed."""
+    changed: bool = False
+    """It came by a PIN change through this process: the source is behind it."""
+
+
+class PinStore:
+    """The PINs that this process holds in memory: per member from its source, and the application's.
+
+    :param keep: False for ``recovery_mode = "basic"``: nothing is held, each login needs the PIN anew.
+    """
+
+    def __init__(self, *, keep: bool = True) -> None:
+        self._keep = keep
         self._lock = threading.Lock()
         self._application: Pin | None = None
-        self._by_member: dict[str, Pin] = {}
+        self._by_member: dict[str, _Held] = {}
+
+    def renew_after_fork(self) -> None:
+        self._lock = threading.Lock()
 
     def for_member(self, config: MemberConfig) -> tuple[Pin, str, str] | None:
         """(PIN, source, stamp) to log in with on this member; None where there is none yet."""
+        with self._lock:
+            held = self._by_member.get(config.name)
+            application = self._application
         if config.pin is not None:
+            if held is not None and held.changed and held.stamp == pin_source_stamp(config.pin):
+                return held.pin, APPLICATION, ""
             pin, stamp = read_pin_stamped(config.pin)
             return pin, pin_source_identity(config.pin), stamp
-        if self._application is not None:
-            return self._application, APPLICATION, ""
+        if held is not None:
+            return held.pin, APPLICATION, ""
+        if application is not None:
+            return application, APPLICATION, ""
         return None
 
     def accepted(self, member: str, pin: Pin, *, application: bool) -> None:
+        if not self._keep:
+            return
         with self._lock:
-            self._by_member[member] = pin
+            held = self._by_member.get(member)
+            if held is None or not held.changed or held.pin != pin:
+                self._by_member[member] = _Held(pin)
             if application:
                 self._application = pin
+
+    def accepted_before(self, member: str, pin: Pin) -> bool:
+        """Whether this member accepted this PIN in this process: if it refuses it now, the PIN was changed."""
+        with self._lock:
+            held = self._by_member.get(member)
+            return held is not None and held.pin == pin
 
     def known(self, pin: Pin) -> bool | None:
         """Whether some member accepted this very PIN; None when no member accepted any yet."""
         with self._lock:
             if not self._by_member:
                 return None
-            return any(pin == other for other in self._by_member.values())
+            return any(pin == held.pin for held in self._by_member.values())
 
-    def replace_all(self, pin: Pin) -> None:
-        """After a PIN change on every member."""
+    def differs(self, member: str, pin: Pin) -> bool:
+        """Whether this member is known to have another PIN."""
         with self._lock:
-            self._by_member = dict.fromkeys(self._by_member, pin)
+            held = self._by_member.get(member)
+            return held is not None and held.pin != pin
+
+    def replace_all(self, pin: Pin, members: Iterable[MemberConfig]) -> None:
+        """After a PIN change on every member. Until a member's source is changed too, this PIN goes before it."""
+        if not self._keep:
+            return
+        with self._lock:
+            for member in members:
+                stamp = "" if member.pin is None else pin_source_stamp(member.pin)
+                self._by_member[member.name] = _Held(pin, stamp, changed=True)
             self._application = pin
 
-    def forget_application(self) -> None:
-        """``recovery_mode = "basic"``: the PIN is not kept."""
+    def forget(self) -> None:
+        """What is held may not be right any more: no member is logged in with it, nothing compared with it."""
         with self._lock:
             self._application = None
+            self._by_member.clear()
 
 
-def log_in(journal: Journal, member: Member, life: Life, pin: Pin, source: str, stamp: str, *, timeout: float) -> None:
+def log_in(
+    journal: Journal,
+    member: Member,
+    life: Life,
+    pin: Pin,
+    source: str,
+    stamp: str,
+    *,
+    automatic: bool,
+    timeout: float,
+) -> None:
     """C_Login(CKU_USER) on one member, announced in the journal.
 
-    :raises MemberQuarantined: it must not be tried: refused before, or the token's counter is low.
+    :param automatic: the PIN was not given in this very call: it waits while the token remembers failed logins.
+    :raises LoginHeld: it must not be tried: refused before, or the token's counter is low.
     :raises Ckr: what the member answered (``PIN_*``: recorded as refused).
     """
-    automatic = source != APPLICATION
     flags = life.connection.token_info(timeout=timeout).flags
     if flags & USER_PIN_LOCKED:
-        raise Ckr(CKR.PIN_LOCKED, "C_Login") if not automatic else _held(member, "its user PIN is locked")
-    if automatic and flags & (USER_PIN_COUNT_LOW | USER_PIN_FINAL_TRY):
-        raise _held(member, "its token reports a failed login (USER_PIN_COUNT_LOW), so no PIN is tried automatically")
-    if not automatic:
+        raise _held(member, pin_trouble(flags) or "") if automatic else Ckr(CKR.PIN_LOCKED, "C_Login")
+    if automatic and (trouble := pin_trouble(flags)):
+        raise _held(member, trouble)
+    if source == APPLICATION:
         stamp = f"{os.getpid()}-{time.monotonic_ns()}"  # a person's (or application's) own attempt is always a new one
     clear = not flags & (USER_PIN_COUNT_LOW | USER_PIN_FINAL_TRY)
     _announce(journal, member, source, stamp, clear=clear, timeout=timeout)
@@ -121,10 +183,43 @@ def _announce(journal: Journal, member: Member, source: str, stamp: str, *, clea
     except RetryError as error:
         raise _held(member, "another process is logging in there and does not come to an end") from error
     if refusal is not None:
-        raise _held(member, f"its PIN from {refusal.source} was refused before and has not changed since")
+        raise _held(
+            member,
+            f"the PIN from {refusal.source} was refused before and did not change since: correct "
+            f"it, or run `ha-admin member resume {member.name}` if it is right",
+        )
 
 
-def _held(member: Member, why: str) -> MemberQuarantined:
-    return MemberQuarantined(
-        f'member "{member.name}": not logged in: {why}; correct it, then run `ha-admin member resume {member.name}`'
-    )
+def record_stale(journal: Journal, member: MemberConfig, new: Pin) -> str | None:
+    """After a PIN change: the member's source counts as refused before anybody tries it, until it changes.
+
+    :returns: what names the source; None where there is none, or it gives the new PIN already.
+    """
+    if member.pin is None:
+        return None
+    try:
+        pin, stamp = read_pin_stamped(member.pin)
+    except ConfigurationError:
+        return pin_source_identity(member.pin)
+    if pin == new:
+        return None
+    if journal.begin_login(member.name, pin_source_identity(member.pin), stamp, clear=True) is None:
+        journal.end_login(member.name, LoginState.REFUSED)
+    return pin_source_identity(member.pin)
+
+
+def pin_trouble(flags: int) -> str | None:
+    """Why nobody logs in automatically while the token has these flags; None: all is well."""
+    if flags & USER_PIN_LOCKED:
+        return "its user PIN is locked (USER_PIN_LOCKED): its SO has to set a new one"
+    for flag, name in ((USER_PIN_FINAL_TRY, "USER_PIN_FINAL_TRY"), (USER_PIN_COUNT_LOW, "USER_PIN_COUNT_LOW")):
+        if flags & flag:
+            return (
+                f"its token remembers a failed login ({name}), so no PIN is tried automatically: log in there once "
+                "with the right one"
+            )
+    return None
+
+
+def _held(member: Member, why: str) -> LoginHeld:
+    return LoginHeld(f'member "{member.name}": not logged in: {why}')

@@ -15,6 +15,7 @@ from hagroup.core.ckr import CKR
 from hagroup.core.records import GroupRecord, MemberRecord, Membership
 from hagroup.engine.domain import DomainKeys, IntegrityAlarm, open_data, seal_data
 from hagroup.engine.member import Life, Member
+from hagroup.engine.token_contents import find_all
 from hagroup.engine.view import View
 from hagroup.errors import JournalMismatch
 from hagroup.journal.api import Journal
@@ -25,6 +26,8 @@ log = get_logger(__name__)
 APPLICATION = b"hagroup"
 LABEL = b"hagroup:manifest:"
 PURPOSE = b"manifest"
+_SEARCH: Template = [(CKA.CLASS, pack_ulong(CKO.DATA)), (CKA.APPLICATION, APPLICATION)]
+_ATTEMPTS = 5
 
 
 class OtherGroup(Exception):
@@ -45,6 +48,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     high: int
     """Newest tombstone or attribute change that was begun here."""
 
+    @property
+    def order(self) -> tuple[str, int, int]:
+        """Later ones compare greater; so do their labels."""
+        return self.epoch, self.high, self.low
+
 
 def _template(manifest: Manifest, sealed: bytes) -> Template:
     return [
@@ -52,16 +60,15 @@ def _template(manifest: Manifest, sealed: bytes) -> Template:
         (CKA.TOKEN, pack_bool(True)),
         (CKA.PRIVATE, pack_bool(True)),
         (CKA.APPLICATION, APPLICATION),
-        (CKA.LABEL, LABEL + f"{manifest.high:016x}:{manifest.low:016x}".encode()),
+        (CKA.LABEL, LABEL + f"{manifest.epoch}:{manifest.high:016x}:{manifest.low:016x}".encode()),
         (CKA.VALUE, sealed),
     ]
 
 
 def _stored(connection: Connection, *, timeout: float) -> list[tuple[bytes, Handle]]:
     """(label, handle) of the manifests on the token, newest first; objects that cannot be read are passed over."""
-    template: Template = [(CKA.CLASS, pack_ulong(CKO.DATA)), (CKA.APPLICATION, APPLICATION)]
     found = []
-    for handle in connection.find(template, timeout=timeout):
+    for handle in find_all(connection, _SEARCH, timeout=timeout):
         try:
             values, _ = connection.get(handle, [CKA.LABEL], timeout=timeout)
         except Ckr as error:
@@ -75,16 +82,33 @@ def _stored(connection: Connection, *, timeout: float) -> list[tuple[bytes, Hand
 
 
 def read(connection: Connection, keys: DomainKeys, *, timeout: float) -> Manifest | None:
-    """The highest authentic manifest on the token; None: there is none."""
+    """The highest authentic manifest on the token; None: there is none.
+
+    Another process may put a newer one in the place of the one that was just found: so "none" is said only where
+    nothing changed while it was looked for.
+    """
+    for _ in range(_ATTEMPTS):
+        before = find_all(connection, _SEARCH, timeout=timeout)
+        best = _read_once(connection, keys, timeout=timeout)
+        if best is not None or sorted(before) == sorted(find_all(connection, _SEARCH, timeout=timeout)):
+            return best
+    raise Ckr(CKR.OBJECT_HANDLE_INVALID, "C_FindObjects")
+
+
+def _read_once(connection: Connection, keys: DomainKeys, *, timeout: float) -> Manifest | None:
     best: Manifest | None = None
     for _, handle in _stored(connection, timeout=timeout):
-        values, _ = connection.get(handle, [CKA.VALUE], timeout=timeout)
         try:
+            values, _ = connection.get(handle, [CKA.VALUE], timeout=timeout)
             data = open_data(connection, keys, PURPOSE, values.get(CKA.VALUE, b""), timeout=timeout)
             found = msgspec.msgpack.decode(data, type=Manifest)
+        except Ckr as error:
+            if error.rv != CKR.OBJECT_HANDLE_INVALID:
+                raise
+            continue
         except (IntegrityAlarm, msgspec.DecodeError):
             continue
-        if best is None or (found.high, found.low) > (best.high, best.low):
+        if best is None or found.order > best.order:
             best = found
     return best
 
@@ -141,24 +165,22 @@ def check(journal: Journal, view: View, member: Member, life: Life, *, timeout: 
     assert life.keys is not None
     record = view.members[member.name]
     found = read(life.connection, life.keys, timeout=timeout)
+    behind = None if found is None else _behind(journal, view, member, found)
+    member.journal_behind = behind
+    if behind is not None:
+        raise JournalMismatch(behind)
     if found is None:
         if record.membership is Membership.ADMITTED:
             _resync(journal, member, "its token shows no manifest: it was emptied or replaced")
         return
-    life.manifest_high = found.high
+    life.manifest_high = found.high if found.epoch == view.group.epoch else 0
     if found.group != view.group.serial:
         raise OtherGroup(
             f'member "{member.name}" belongs to group {found.label} ({found.group}), not to {view.group.label} '
             f"({view.group.serial}); remove it there first"
         )
     if found.epoch != view.group.epoch:
-        if found.epoch > view.group.epoch:
-            raise _behind(member, f"epoch {found.epoch} instead of {view.group.epoch}")
         _resync(journal, member, "its token is of an older epoch of the group")
-    elif found.high > record.announced:
-        fresh = {m.name: m for m in journal.members()}.get(member.name)
-        if fresh is None or found.high > fresh.announced:
-            raise _behind(member, f"change {found.high}, the journal announced {record.announced}")
     elif found.high < record.confirmed:
         _resync(journal, member, f"its token was restored: shows change {found.high} after {record.confirmed}")
 
@@ -169,8 +191,20 @@ def _resync(journal: Journal, member: Member, why: str) -> None:
     journal.event("alarm", why, member=member.name)
 
 
-def _behind(member: Member, what: str) -> JournalMismatch:
-    return JournalMismatch(
+def _behind(journal: Journal, view: View, member: Member, found: Manifest) -> str | None:
+    """Why the *journal* is the older one; None: it is not."""
+    if found.group != view.group.serial or found.epoch < view.group.epoch:
+        return None
+    if found.epoch > view.group.epoch:
+        what = f"epoch {found.epoch} instead of {view.group.epoch}"
+    elif found.high > view.members[member.name].announced:
+        fresh = {record.name: record.announced for record in journal.members()}.get(member.name, 0)
+        if found.high <= fresh:
+            return None
+        what = f"change {found.high}, the journal announced {fresh}"
+    else:
+        return None
+    return (
         f'member "{member.name}" has seen {what}: this journal is older than the group (restored or copied); '
         "no change is made until `ha-admin recover` has reconciled it with the members"
     )

@@ -65,6 +65,10 @@ class Member:
         """Boot time before which no connection is tried."""
         self.entered = 0.0
         """Boot time at which its present (or last) life began."""
+        self.answers = 0
+        """Calls that succeeded; threads may lose counts against each other, it only has to move."""
+        self.last_success = 0.0
+        """Boot time at which the supervisor last saw ``answers`` moved, or a connection or probe succeeded."""
         self.rests = 0
         """How often in a row a call's deadline passed although the probe that followed was answered."""
         self.rest_until = 0.0
@@ -72,6 +76,8 @@ class Member:
         self.busy = False
         """A background task (connect, probe, resync) is running for it."""
         self.manifest_lock = threading.Lock()
+        self.journal_behind: str | None = None
+        """Why no change may be made: this member's manifest shows more than the journal knows (DESIGN.md 4.6)."""
 
     def renew_after_fork(self) -> None:
         """In the child: not connected; what stands in the way of serving for good stays."""

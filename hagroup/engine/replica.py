@@ -252,14 +252,15 @@ def remove(
     attributes: Mapping[int, bytes],
     *,
     timeout: float,
-    keep: int = 0,
     claimed: Callable[[Locator], bool] | None = None,
+    choose: Callable[[list[Handle]], list[Handle]] | None = None,
 ) -> None:
     """Destroy the object wherever it may be on this member, and its records there.
 
-    :param keep: how many other live objects claim the same value at the same place.
+    :param choose: which of those found may go, where other objects of the group may have the same value in that place.
     """
-    for handle in locate(connection, locators, fingerprint, attributes, timeout=timeout, claimed=claimed)[keep:]:
+    found = locate(connection, locators, fingerprint, attributes, timeout=timeout, claimed=claimed)
+    for handle in found if choose is None else choose(found):
         _destroy(connection, handle, timeout=timeout)
     drop_records(connection, uid, timeout=timeout)
 

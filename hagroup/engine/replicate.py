@@ -7,7 +7,7 @@ confirmation is refused is undone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -18,9 +18,12 @@ from hagroup.core.calls import Ckr, DeadlinePassed, Handle
 from hagroup.core.classify import Verdict, classify
 from hagroup.core.records import Fingerprint, Lease, Locator, ObjectRecord, OwedKind
 from hagroup.engine import manifest, replica
+from hagroup.engine.in_flight import InFlight
 from hagroup.engine.member import Life, Member
 from hagroup.engine.proof import Proof, prove
 from hagroup.engine.roster import CONNECTION_LOST, Roster
+from hagroup.engine.stored_records import drop_records, store_record
+from hagroup.engine.twins import Occupied, destroyable, others_at
 from hagroup.engine.view import View
 from hagroup.errors import HAError, JournalUnavailable
 from hagroup.journal.api import Confirmation, Journal, LeaseLost, StaleMembership
@@ -56,6 +59,8 @@ class Replicator:
         self._view = view
         self._journal = journal
         self._mirrored = roster.config.journal.mirror is not None
+        self.in_flight = InFlight()
+        """Whoever claims rows says so here first, and ends it when :class:`Replicator` is done with them."""
 
     @property
     def _timeout(self) -> float:
@@ -72,11 +77,13 @@ class Replicator:
         records: Sequence[ObjectRecord],
         *,
         anew: Sequence[Locator] = (),
+        kind: OwedKind = OwedKind.INSTALL,
         lease: Lease | None = None,
     ) -> Result:
         """Make token objects there (rows claimed and sent), prove them, confirm.
 
         :param anew: it may be there already, whole or in half, under these locators too: look, and replace it.
+        :param kind: what the rows owe: a ``set`` may be brought to its end by making the object anew.
         """
         assert life.keys is not None
         done: list[ObjectRecord] = []
@@ -84,7 +91,7 @@ class Replicator:
         unknown = False
         for record in records:
             try:
-                old = self._there_already(life, record, anew) if anew else []
+                old = self._there_already(member, life, record, anew) if anew else []
                 replica.install(
                     life.connection, life.keys, record, timeout=self._timeout, with_record=not self._mirrored
                 )
@@ -92,12 +99,16 @@ class Replicator:
                     life.handles.pop(record.uid, None)
                     replica.discard(life.connection, record, old, timeout=self._timeout)
                 done.append(record)
+            except Occupied as error:
+                failed = error
+                break
             except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
                 failed, unknown = error, self._is_unknown(member, life, error)
                 break
         rest = [(member.name, record.uid) for record in records[len(done) :]]
         if failed is not None:
-            self._journal.give_up(rest, doubt=unknown, reason=None if unknown else str(failed))
+            told = None if unknown or isinstance(failed, Occupied) else str(failed)
+            self._journal.give_up(rest, doubt=unknown, reason=told, kind=kind)
         confirmations = [
             Confirmation(
                 member=member.name,
@@ -117,9 +128,11 @@ class Replicator:
             return Result(member.name, Outcome.UNKNOWN if unknown else Outcome.REFUSED, failed)
         return Result(member.name, Outcome.OVERTAKEN if overtaken else Outcome.CONFIRMED)
 
-    def _there_already(self, life: Life, record: ObjectRecord, locators: Sequence[Locator]) -> list[Handle]:
-        """What is on the token of this object: under any locator that it had, else (somebody may have changed label
-        and id behind the group's back) wherever no other live object is."""
+    def _there_already(
+        self, member: Member, life: Life, record: ObjectRecord, locators: Sequence[Locator]
+    ) -> list[Handle]:
+        """What is on the token of this object and may go: under any locator that it had, else (somebody may have
+        changed label and id behind the group's back) wherever no other live object is."""
 
         def claimed(locator: Locator) -> bool:
             there = self._journal.search(
@@ -130,14 +143,32 @@ class Replicator:
             )
             return any(other.uid != record.uid and other.locator == locator for other in there)
 
-        return replica.locate(
+        places = [record.locator, *locators]
+        found = replica.locate(
             life.connection,
-            [record.locator, *locators],
+            places,
             record.fingerprint,
             record.attributes,
             timeout=self._timeout,
             claimed=claimed,
         )
+        return self._destroyable(member, life, record.uid, places)(found)
+
+    def _destroyable(
+        self, member: Member, life: Life, uid: bytes, locators: Sequence[Locator]
+    ) -> Callable[[list[Handle]], list[Handle]]:
+        """Which of the objects found as one may go, where other objects of the group have the same value there."""
+
+        def is_one(handle: Handle, record: ObjectRecord) -> bool:
+            return replica.is_this(life.connection, handle, record, timeout=self._timeout)
+
+        def choose(found: list[Handle]) -> list[Handle]:
+            if not found:
+                return []
+            others = others_at(self._journal, uid, locators)
+            return destroyable(self._journal, member.name, found, others, is_one)
+
+        return choose
 
     def _confirm(self, confirmations: Sequence[Confirmation], lease: Lease | None) -> list[bool]:
         """Confirm; a moved membership is looked at again (the reply itself stays true), a lost lease is a refusal."""
@@ -147,7 +178,7 @@ class Replicator:
             try:
                 return self._journal.confirm(confirmations, membership_revision=self._revision(), lease=lease)
             except StaleMembership:
-                self._view.refresh()
+                self._view.refresh(always=True)
             except LeaseLost:
                 return [False] * len(confirmations)
 
@@ -173,20 +204,31 @@ class Replicator:
         log.error("replica.refused", member=member.name, error=str(error))
         return False
 
-    def undo(self, member: Member, life: Life, record: ObjectRecord) -> None:
-        """A confirmation was refused: the object must not be there. What is owed in the journal stays owed."""
+    def undo(self, member: Member, life: Life, record: ObjectRecord, *locators: Locator) -> None:
+        """A confirmation was refused: what was done is taken back, and the object is not there. If it should be, the
+        journal owes it anew.
+
+        :param locators: further ones under which it may be.
+        """
+        places = [record.locator, *locators]
+        life.handles.pop(record.uid, None)
         try:
             replica.remove(
                 life.connection,
                 record.uid,
-                [record.locator],
+                places,
                 record.fingerprint,
                 record.attributes,
                 timeout=self._timeout,
+                choose=self._destroyable(member, life, record.uid, places),
             )
-            self._journal.undone(member.name, record.uid)
-        except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
-            self._is_unknown(member, life, error)
+        except (Ckr, DeadlinePassed, Occupied, *CONNECTION_LOST) as error:
+            if not isinstance(error, Occupied):
+                self._is_unknown(member, life, error)
+            # The row stays, in doubt: whoever comes next looks again.
+            self._journal.give_up([(member.name, record.uid)], doubt=True, kind=OwedKind.DESTROY)
+            return
+        self._journal.undone(member.name, record.uid)
 
     # -- set attributes ------------------------------------------------------------------------------------
     def set(
@@ -201,6 +243,8 @@ class Replicator:
     ) -> Result:
         """Bring a token object from the old to the new record's attributes (row claimed and sent), and confirm."""
         assert life.keys is not None
+        row = (member.name, old.uid)
+        changed = False
         try:
             manifest.raise_high(self._view, member, life, change, timeout=self._timeout)
             handles = replica.locate(
@@ -211,8 +255,8 @@ class Replicator:
                 timeout=self._timeout,
             )
             if len(handles) != 1:
-                self._journal.give_up([(member.name, old.uid)], doubt=False)
-                self._journal.owe([(member.name, old.uid, OwedKind.INSTALL)], reason=None)
+                self._journal.give_up([row], doubt=False, kind=OwedKind.SET)
+                self._journal.owe([(*row, OwedKind.INSTALL)])
                 return Result(member.name, Outcome.UNKNOWN)
             replica.apply_set(
                 life.connection,
@@ -221,20 +265,36 @@ class Replicator:
                 old,
                 new,
                 timeout=self._timeout,
-                with_record=not self._mirrored,
+                with_record=False,
             )
+            changed = True
+            if not self._mirrored:
+                store_record(life.connection, life.keys, new, timeout=self._timeout)
+                drop_records(life.connection, new.uid, timeout=self._timeout, but=new.revision)
         except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
             unknown = self._is_unknown(member, life, error)
-            self._journal.give_up([(member.name, old.uid)], doubt=unknown, reason=None if unknown else str(error))
+            reason = None if unknown else str(error)
+            self._journal.give_up([row], doubt=unknown, reason=reason, kind=OwedKind.SET)
+            if changed and not unknown:  # it has the new values without their record: made anew, whichever stays
+                self._journal.owe([(*row, OwedKind.INSTALL)])
             return Result(member.name, Outcome.UNKNOWN if unknown else Outcome.REFUSED, error)
         return Result(member.name, Outcome.CONFIRMED)
 
-    def confirm_set(self, member: str, record: ObjectRecord, *, lease: Lease | None = None) -> bool:
-        """After the change was accepted by some member and committed."""
+    def confirm_set(self, member: Member, life: Life, old: ObjectRecord, new: ObjectRecord) -> None:
+        """After the change was accepted by some member, and committed or refused: a member that took it says so."""
         confirmation = Confirmation(
-            member=member, uid=record.uid, kind=OwedKind.SET, revision=record.revision, locator=record.locator
+            member=member.name, uid=new.uid, kind=OwedKind.SET, revision=new.revision, locator=new.locator
         )
-        return self._confirm([confirmation], lease)[0]
+        if self._confirm([confirmation], None)[0]:
+            self._manifest_shown(member, life)
+        else:
+            self.undo(member, life, new, old.locator)
+
+    def _manifest_shown(self, member: Member, life: Life) -> None:
+        try:
+            self._journal.manifest_confirmed(member.name, high=life.manifest_high)
+        except JournalUnavailable as error:
+            log.warning("journal.unavailable", error=str(error))
 
     # -- destroy -------------------------------------------------------------------------------------------
     def destroy(
@@ -253,16 +313,27 @@ class Replicator:
         try:
             manifest.raise_high(self._view, member, life, change, timeout=self._timeout)
             life.handles.pop(uid, None)
-            replica.remove(life.connection, uid, list(locators), fingerprint, attributes, timeout=self._timeout)
+            replica.remove(
+                life.connection,
+                uid,
+                list(locators),
+                fingerprint,
+                attributes,
+                timeout=self._timeout,
+                choose=self._destroyable(member, life, uid, locators),
+            )
+        except Occupied as error:
+            self._journal.give_up([(member.name, uid)], doubt=False, kind=OwedKind.DESTROY)
+            return Result(member.name, Outcome.REFUSED, error)
         except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
             unknown = self._is_unknown(member, life, error)
-            self._journal.give_up([(member.name, uid)], doubt=unknown, reason=None if unknown else str(error))
+            reason = None if unknown else str(error)
+            self._journal.give_up([(member.name, uid)], doubt=unknown, reason=reason, kind=OwedKind.DESTROY)
             return Result(member.name, Outcome.UNKNOWN if unknown else Outcome.REFUSED, error)
-        self._confirm([Confirmation(member=member.name, uid=uid, kind=OwedKind.DESTROY)], lease)
-        try:
-            self._journal.manifest_confirmed(member.name, high=life.manifest_high)
-        except JournalUnavailable as error:
-            log.warning("journal.unavailable", error=str(error))
+        if not self._confirm([Confirmation(member=member.name, uid=uid, kind=OwedKind.DESTROY)], lease)[0]:
+            # The lease was lost: it is gone from there, but somebody else has to say so.
+            self._journal.give_up([(member.name, uid)], doubt=False, kind=OwedKind.DESTROY)
+        self._manifest_shown(member, life)
         return Result(member.name, Outcome.CONFIRMED)
 
     # -- proof ---------------------------------------------------------------------------------------------

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hagroup.config.logging import get_logger
 from hagroup.core.calls import Ckr
 from hagroup.core.records import Intent, ObjectRecord
 from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Outcome, Result
-from hagroup.errors import GroupReadOnly, GroupUnavailable, HAError
+from hagroup.errors import GroupReadOnly, GroupUnavailable, HAError, JournalMismatch
 from hagroup.journal.api import Asking, NoLongerLive, StaleMembership
 
 if TYPE_CHECKING:
     from hagroup.engine.group import GroupEngine
 
 log = get_logger(__name__)
+
+T = TypeVar("T")
 
 
 class Replication:
@@ -55,19 +57,46 @@ class Replication:
                 '([group] min_replicas, degraded = "refuse"); nothing was changed'
             )
 
-    def begin(self, start: Callable[[Sequence[Asking], int], Intent]) -> tuple[Intent, list[tuple[Member, Life]]]:
-        """Open an intent with the members that are usable now; a moved membership is looked at again."""
+    def refuse_if_behind(self) -> None:
+        """:raises JournalMismatch: some member has seen changes that this journal does not know (DESIGN.md 4.6)."""
+        for member in self._roster.members.values():
+            if member.journal_behind is not None:
+                raise JournalMismatch(f"nothing was changed: {member.journal_behind}")
+
+    def begin(
+        self,
+        uids: Sequence[bytes],
+        start: Callable[[Sequence[Asking], int], T],
+        usable: Callable[[Member], bool] = lambda member: True,
+    ) -> tuple[T, list[tuple[Member, Life]]]:
+        """Write a change down with the members that are usable now; a moved membership is looked at again.
+
+        The rows of all these members count as in flight: ``self.ended`` for each when it was asked, or is not asked.
+        """
+        in_flight = self._group.replicator.in_flight
+        self._group.follow()
         while True:
-            self._group.follow()
             self.refuse_if_degraded()
-            targets = self.targets()
+            self.refuse_if_behind()
+            targets = [(member, life) for member, life in self.targets() if usable(member)]
             if not targets:
-                raise GroupUnavailable("no member is usable now: nothing was changed")
+                raise GroupUnavailable("no member that could take the change is usable now: nothing was changed")
             asking = [Asking(member=member.name, worker=life.worker) for member, life in targets]
+            rows = [(member.name, uid) for member, _ in targets for uid in uids]
+            in_flight.begin(rows)
             try:
                 return start(asking, self._group.view.group.membership_revision), targets
             except StaleMembership:
-                continue
+                in_flight.end(rows)
+                self._group.view.refresh(always=True)
+                self._roster.follow_journal()
+            except BaseException:
+                in_flight.end(rows)
+                raise
+
+    def ended(self, member: Member, uids: Sequence[bytes]) -> None:
+        """What ``begin`` began is over for this member."""
+        self._group.replicator.in_flight.end((member.name, uid) for uid in uids)
 
     def replicate(self, records: Sequence[ObjectRecord]) -> None:
         """Put new token objects on the members. Returns when they are live.
@@ -78,11 +107,18 @@ class Replication:
         mirror = self._group.mirror
         if mirror is not None:
             mirror.put(records)
+        uids = [record.uid for record in records]
         intent, targets = self.begin(
-            lambda asking, revision: self._journal.begin_create(records, asking=asking, membership_revision=revision)
+            uids,
+            lambda asking, revision: self._journal.begin_create(records, asking=asking, membership_revision=revision),
         )
-        futures = {self._roster.run(self._install, member, life, records): member for member, life in targets}
-        self._gather(intent, futures)
+        try:
+            futures = {self._roster.run(self._install, member, life, records): member for member, life in targets}
+            self._gather(intent, futures)
+        except BaseException:
+            # Whatever came in between (the journal cannot be reached; Ctrl-C): it must not stay half-made.
+            self._group.supervisor.unresolved(intent.id)
+            raise
 
     def _install(self, member: Member, life: Life, records: Sequence[ObjectRecord]) -> Result:
         try:
@@ -90,6 +126,8 @@ class Replication:
         except Exception as error:
             log.warning("replica.failed", member=member.name, error=str(error))
             return Result(member.name, Outcome.UNKNOWN, error)
+        finally:
+            self.ended(member, [record.uid for record in records])
 
     def _gather(self, intent: Intent, futures: dict[Future[Result], Member]) -> None:
         confirmed: list[str] = []

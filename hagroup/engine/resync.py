@@ -6,6 +6,7 @@ cannot be trusted to be where its rows say (joining, restored, emptied) is taken
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -53,8 +54,10 @@ class Resync:
         self._clock = clock
         self._later: dict[tuple[str, bytes], tuple[float, float]] = {}
         """Rows that did not go through: (boot time of the next try, the pause before it)."""
+        self._in_flight = replicator.in_flight
         self._unresolved: set[str] = set()
-        """Intents of this very process whose outcome its call could not find out."""
+        """Intents of this very process (adopted ones too) whose outcome is still to be found out."""
+        self._recovering = threading.Lock()
 
     @property
     def _timeout(self) -> float:
@@ -62,16 +65,28 @@ class Resync:
 
     # -- what is due ---------------------------------------------------------------------------------------
     def due(self, member: Member) -> list[OwedRow]:
-        """Rows that this process could work on now: free, own, or of a dead owner; not those put off."""
+        """Rows that this process could work on now: free, lost track of, or of a dead owner; not those put off."""
         now = self._clock.boot()
+        owed = self._journal.owed(member.name)
+        there = {(row.member, row.uid) for row in owed}
+        self._later = {key: when for key, when in self._later.items() if key[0] != member.name or key in there}
         rows = []
-        for row in self._journal.owed(member.name):
+        for row in owed:
+            if (row.member, row.uid) in self._in_flight:
+                continue
             if self._later.get((row.member, row.uid), (0.0, 0.0))[0] > now:
                 continue
-            if row.owner is not None and self._journal.owner_alive(row.owner):
+            if row.owner not in (None, self._journal.owner) and self._journal.owner_alive(row.owner):
                 continue
             rows.append(row)
         return rows
+
+    def _own_up(self, rows: Sequence[OwedRow]) -> None:
+        """Attempts that this process made and no thread of it waits for any more are in doubt (see ``in_flight``)."""
+        for row in rows:
+            for attempt in row.attempts:
+                if attempt.owner == self._journal.owner and attempt.doubt_since is None:
+                    self._journal.give_up([(row.member, row.uid)], doubt=True, kind=attempt.kind)
 
     def has_work(self, member: Member) -> bool:
         return bool(self.due(member))
@@ -88,7 +103,7 @@ class Resync:
         True: nothing that could be done now is left. False: another process does it, or the member failed.
         """
         life = member.life
-        if life is None or life.keys is None:
+        if life is None or life.keys is None or self._behind():
             return False
         lease = self._journal.acquire_lease(f"resync/{member.name}", ttl=LEASE)
         if lease is None:
@@ -100,7 +115,7 @@ class Resync:
         except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
             self._roster.lost(member, life, str(error))
             return False
-        except (LeaseLost, JournalMismatch) as error:
+        except (LeaseLost, StaleMembership, JournalMismatch) as error:
             log.warning("resync.ended", member=member.name, reason=str(error))
             return False
         finally:
@@ -126,8 +141,9 @@ class Resync:
     def _admit(self, member: Member, life: Life, barrier: int, lease: Lease) -> bool:
         record = self._view.members[member.name]
         assert life.keys is not None
+        # What is owed from before the barrier is known only after admit: ``low`` follows, lazily.
         shown = manifest.compose(
-            self._view.group, self._view.members, low=barrier, high=max(life.manifest_high, record.announced)
+            self._view.group, self._view.members, low=record.low, high=max(life.manifest_high, record.announced)
         )
         manifest.write(life.connection, life.keys, shown, timeout=self._timeout)
         life.manifest_high = shown.high
@@ -153,44 +169,68 @@ class Resync:
     def _backlog(self, member: Member, life: Life, lease: Lease) -> Lease:
         order = {OwedKind.DESTROY: 0, OwedKind.INSTALL: 1, OwedKind.SET: 2}
         rows = sorted(self.due(member), key=lambda row: (order[row.kind], row.change))
+        self._own_up(rows)
         for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
+            batch = [(row.member, row.uid) for row in rows[start : start + BATCH]]
+            self._in_flight.begin(batch)
             try:
-                claimed = self._journal.claim(
-                    [(row.member, row.uid) for row in batch],
-                    worker=life.worker,
-                    membership_revision=self._view.group.membership_revision,
-                    lease=lease,
-                )
+                lease = self._batch(member, life, batch, lease)
             except StaleMembership:
-                self._view.refresh()
+                self._view.refresh(always=True)
                 return lease
-            for row in claimed:
+            finally:
+                self._in_flight.end(batch)
+            if member.life is not life:
+                return lease
+        return lease
+
+    def _batch(self, member: Member, life: Life, batch: list[tuple[str, bytes]], lease: Lease) -> Lease:
+        claimed = self._journal.claim(
+            batch, worker=life.worker, membership_revision=self._view.group.membership_revision, lease=lease
+        )
+        waiting = list(claimed)
+        try:
+            while waiting and member.life is life:
+                if lease.expires - self._clock.boot() < LEASE / 2:
+                    lease = self._journal.renew_lease(lease, ttl=LEASE)
+                row = waiting.pop(0)
                 if not self._carry_out(member, life, row, lease):
                     self._put_off(row)
-                if member.life is not life:
-                    rest = [(r.member, r.uid) for r in claimed]
-                    self._journal.give_up(rest, doubt=False)
-                    return lease
-            lease = self._journal.renew_lease(lease, ttl=LEASE)
+        finally:
+            for row in waiting:  # claimed, and never asked
+                self._journal.give_up([(row.member, row.uid)], doubt=False, kind=row.kind)
         return lease
 
     def _carry_out(self, member: Member, life: Life, row: OwedRow, lease: Lease) -> bool:
         """One claimed row. True when it is finished (or nothing was to be done)."""
+        over = self._over(member, row)  # before the member is searched: one that executes until then is found
         if row.kind is OwedKind.DESTROY:
             result = self._destroy(member, life, row, lease)
         else:
             record = self._journal.object(row.uid)
-            if record is None or (record.state is ObjectState.CREATING and self._being_made(record)):
-                self._journal.give_up([(row.member, row.uid)], doubt=False)
+            if record is None or self._belongs_to_intent(row, record):
+                self._journal.give_up([(row.member, row.uid)], doubt=False, kind=row.kind)
                 return record is None
             anew = row.locators if self._may_be_there(row) else ()
-            result = self._replicator.install(member, life, [record], anew=anew, lease=lease)
+            if row.kind is OwedKind.SET:
+                manifest.raise_high(self._view, member, life, row.change, timeout=self._timeout)
+            result = self._replicator.install(member, life, [record], anew=anew, kind=row.kind, lease=lease)
         if result.outcome is not Outcome.CONFIRMED:
             return False
-        self._settle_doubt(member, row)
-        self._later.pop((row.member, row.uid), None)
+        if over:
+            self._journal.resolve_attempts(member.name, row.uid, over)
+        if len(over) < len(row.unanswered):
+            self._put_off(row)
+        else:
+            self._later.pop((row.member, row.uid), None)
         return True
+
+    def _belongs_to_intent(self, row: OwedRow, record: ObjectRecord) -> bool:
+        """Left to whoever carries out (or recovers) an open intent: the creation by a living process, and what members
+        were asked for by an attribute change, which nobody can bring to its end before that change is decided."""
+        if record.state is ObjectState.CREATING:
+            return self._being_made(record)
+        return row.kind is OwedKind.SET and row.revision > record.revision
 
     def _being_made(self, record: ObjectRecord) -> bool:
         intent = next((one for one in self._journal.intents() if one.id == record.intent), None)
@@ -204,24 +244,24 @@ class Resync:
     def _destroy(self, member: Member, life: Life, row: OwedRow, lease: Lease) -> Result:
         tombstone = self._journal.tombstone(row.uid)
         if tombstone is None:
-            self._journal.give_up([(row.member, row.uid)], doubt=False)
+            self._journal.give_up([(row.member, row.uid)], doubt=False, kind=row.kind)
             return Result(member.name, Outcome.CONFIRMED)
         locators: tuple[Locator, ...] = (*row.locators, *tombstone.locators)
         return self._replicator.destroy(
             member, life, row.uid, locators, tombstone.fingerprint, {}, tombstone.change, lease=lease
         )
 
-    def _settle_doubt(self, member: Member, row: OwedRow) -> None:
-        """Forget an older unanswered call once it can no longer execute: its worker is proved dead and the module is
-        local, or the member's late window has passed (DESIGN.md 4.1)."""
+    def _over(self, member: Member, row: OwedRow) -> list[int]:
+        """Older unanswered attempts that can no longer execute: the worker is proved dead and the module is local, or
+        the member's late window has passed (DESIGN.md 4.1)."""
+        over = []
         for attempt in row.unanswered:
             dead = member.config.local and attempt.worker is not None and self._journal.worker_dead(attempt.worker)
-            late = self._clock.boot() - attempt.since > member.config.late_window
-            if not (dead or late):
-                self._put_off(row)
-                return
-        if row.unanswered:
-            self._journal.clear_doubt(member.name, row.uid)
+            given_up = attempt.doubt_since is not None
+            late = given_up and self._clock.boot() - attempt.since > member.config.late_window
+            if dead or late:
+                over.append(attempt.number)
+        return over
 
     # -- inventory -----------------------------------------------------------------------------------------
     def inventory(self, member: Member, life: Life) -> None:
@@ -235,9 +275,11 @@ class Resync:
         owed = {row.uid for row in self._journal.owed(member.name)}
         rows: list[tuple[str, bytes, OwedKind]] = []
         for record in self._journal.objects():
-            if record.uid in owed or record.state is not ObjectState.LIVE:
-                continue
-            if not self._has_it(life, record, by_locator.get(record.locator, [])):
+            there = by_locator.get(record.locator, [])
+            if record.uid in owed:
+                if there:  # from an earlier membership: looked for before it is made
+                    rows.append((member.name, record.uid, OwedKind.INSTALL))
+            elif record.state is ObjectState.LIVE and not self._has_it(life, record, there):
                 rows.append((member.name, record.uid, OwedKind.INSTALL))
         for tombstone in self._journal.tombstones():
             if tombstone.uid in owed:
@@ -276,21 +318,39 @@ class Resync:
 
     def recover_intents(self) -> None:
         """Finish or undo what processes left that died in the middle."""
-        for intent in self._journal.intents():
-            mine = intent.owner == self._journal.owner and intent.id in self._unresolved
-            if not mine:
-                if self._journal.owner_alive(intent.owner):
-                    continue
-                adopted = self._journal.adopt_intent(intent.id)
-                if adopted is None:
-                    continue
-                intent = adopted
-            if intent.kind is IntentKind.CREATE:
-                self._recover_create(intent)
-            else:
-                self._recover_set(intent)
+        if self._behind():
+            return
+        with self._recovering:
+            intents = self._journal.intents()
+            self._unresolved &= {intent.id for intent in intents}
+            for intent in intents:
+                own = intent.owner == self._journal.owner
+                if own and intent.id not in self._unresolved:
+                    continue  # its thread is at work
+                if not own:
+                    if self._journal.owner_alive(intent.owner):
+                        continue
+                    adopted = self._journal.adopt_intent(intent.id)
+                    if adopted is None:
+                        continue
+                    intent = adopted
+                    self._unresolved.add(intent.id)
+                try:
+                    self._recover(intent)
+                except StaleMembership:
+                    self._view.refresh(always=True)  # next time
 
-    def _recover_create(self, intent: Intent) -> None:
+    def _recover(self, intent: Intent) -> None:
+        recovered = self._recover_create(intent) if intent.kind is IntentKind.CREATE else self._recover_set(intent)
+        if recovered:
+            self._unresolved.discard(intent.id)
+            log.info("intent.recovered", kind=intent.kind.value, intent=intent.id)
+
+    def _behind(self) -> bool:
+        """Some member has seen more than this journal knows: it decides nothing any more (DESIGN.md 4.6)."""
+        return any(member.journal_behind is not None for member in self._roster.members.values())
+
+    def _recover_create(self, intent: Intent) -> bool:
         serving = [member.name for member in self._roster.serving()]
         needed = max(1, min(self._roster.config.group.min_replicas, len(serving)))
         try:
@@ -298,51 +358,60 @@ class Resync:
                 self._journal.abandon_create(intent.id)
         except NoLongerLive:
             pass
-        self._unresolved.discard(intent.id)
-        log.info("intent.recovered", kind="create", intent=intent.id)
+        return True
 
-    def _recover_set(self, intent: Intent) -> None:
+    def _recover_set(self, intent: Intent) -> bool:
         old = self._journal.object(intent.uids[0])
         if old is None or intent.new_attributes is None:
-            return
+            return True
         after = msgspec.structs.replace(
             old,
             revision=old.revision + 1,
             attributes={**old.attributes, **intent.new_attributes},
             envelope=intent.new_envelope,
         )
-        results = self._ask_for_set(intent, old, after)
-        accepted = [result.member for result in results if result.outcome is Outcome.CONFIRMED]
+        rows = [(member.name, old.uid) for member in self._roster.serving()]
+        self._in_flight.begin(rows)
         try:
+            answers = self._ask_for_set(intent, old, after)
+            accepted = [(member, life) for member, life, result in answers if result.outcome is Outcome.CONFIRMED]
             if accepted:
-                self._journal.commit_set(intent.id)
-                for name in accepted:
-                    self._replicator.confirm_set(name, after)
-            elif results and all(result.outcome is Outcome.REFUSED for result in results):
+                try:
+                    self._journal.commit_set(intent.id)
+                finally:
+                    for member, life in accepted:
+                        self._replicator.confirm_set(member, life, old, after)
+            elif answers and all(result.outcome is Outcome.REFUSED for _, _, result in answers):
                 self._journal.rollback_set(intent.id)
             else:
-                return  # nobody could be asked: later
+                return False  # nobody could be asked, or nobody could tell: later
         except NoLongerLive:
             pass
-        self._unresolved.discard(intent.id)
-        log.info("intent.recovered", kind="set", intent=intent.id)
+        finally:
+            self._in_flight.end(rows)
+        return True
 
-    def _ask_for_set(self, intent: Intent, old: ObjectRecord, after: ObjectRecord) -> Sequence[Result]:
-        copies, _ = self._journal.placement(old.uid)
-        results = []
+    def _ask_for_set(
+        self, intent: Intent, old: ObjectRecord, after: ObjectRecord
+    ) -> list[tuple[Member, Life, Result]]:
+        answers = []
+        _, owed = self._journal.placement(old.uid)
         for member in self._roster.serving():
-            life = member.life
-            if life is None or life.keys is None or member.name not in copies:
-                continue
+            life, row = member.life, owed.get(member.name)
+            if life is None or life.keys is None or row is None or row.kind is not OwedKind.SET:
+                continue  # one that lacks the object is given it first
+            self._own_up([row])
             claimed = self._journal.claim(
                 [(member.name, old.uid)],
                 worker=life.worker,
                 membership_revision=self._view.group.membership_revision,
                 locators=[old.locator, after.locator],
             )
-            if claimed:
-                results.append(self._replicator.set(member, life, old, after, intent.change))
-        return results
+            if claimed and claimed[0].kind is OwedKind.SET:
+                answers.append((member, life, self._replicator.set(member, life, old, after, intent.change)))
+            elif claimed:
+                self._journal.give_up([(member.name, old.uid)], doubt=False, kind=claimed[0].kind)
+        return answers
 
     # -- for commands --------------------------------------------------------------------------------------
     def states(self) -> dict[str, State]:

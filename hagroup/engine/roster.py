@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
+import msgspec
+
+from hagroup.config.load import load
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig, MemberConfig
 from hagroup.config.pins import Pin
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone, StaleGeneration, WorkerFault
+from hagroup.core.ckr import CKR
 from hagroup.core.clock import Clock
 from hagroup.core.records import MemberRecord, Membership, Observation, Role
 from hagroup.core.selection import choose
@@ -19,10 +23,10 @@ from hagroup.core.states import Event, State
 from hagroup.engine import manifest
 from hagroup.engine.challenge import open_reference
 from hagroup.engine.domain import find_domain
-from hagroup.engine.login import APPLICATION, PIN_ERRORS, PinStore, log_in
+from hagroup.engine.login import APPLICATION, PIN_ERRORS, LoginHeld, PinStore, log_in
 from hagroup.engine.member import Life, Member, Usable
 from hagroup.engine.view import View
-from hagroup.errors import DomainMismatch, HAError, JournalUnavailable, MemberQuarantined
+from hagroup.errors import ConfigurationError, DomainMismatch, HAError, JournalUnavailable, MemberQuarantined
 from hagroup.journal.api import Journal
 from hagroup.members import ConnectionSettings, ModuleProblem, open_connection
 from hagroup.members.api import Connection
@@ -39,12 +43,14 @@ CLOSE_GRACE = 5.0
 GENERATIONS = 1_000_000
 """Room that each life has for the generations within it (a logout moves it)."""
 _BACKOFF = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-_SHORT_LIFE = 10.0
+_SHORT_LIFE = 5.0
 """A connection that ends sooner counts as a failed attempt: a member that fails whenever it is used would otherwise be
 started again and again without a pause."""
 _SOON = 0.5
 """A connection attempt that is this near is worth waiting for."""
 _LONGEST_REST = 30.0
+PIN_CHANGED = "pin changed"
+"""Kind of the event that tells other processes that the PIN they hold is an old one."""
 
 
 def open_life(
@@ -75,29 +81,46 @@ def open_life(
         raise
 
 
+def thread_pool() -> Executor:
+    """The threads that work for the members of one process."""
+    return ThreadPoolExecutor(max_workers=64, thread_name_prefix="hagroup")
+
+
 class Roster:
     """All members, the pool of threads that works for them, and the one lock under which their state changes."""
 
-    def __init__(self, config: GroupConfig, journal: Journal, view: View, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: GroupConfig,
+        journal: Journal,
+        view: View,
+        clock: Clock,
+        workers: Callable[[], Executor] = thread_pool,
+    ) -> None:
+        self._workers = workers
         self.config = config
         self.journal = journal
         self.view = view
         self.clock = clock
-        self.pins = PinStore()
+        self.pins = PinStore(keep=config.group.recovery_mode == "enhanced")
+        self._events_seen = max((event.number for event in journal.events(limit=1)), default=0)
         self.site: str | None = None
         self.members: dict[str, Member] = {}
-        self.tasks = ThreadPoolExecutor(max_workers=64, thread_name_prefix="hagroup")
+        self.tasks = self._workers()
         self._running: set[Future[Any]] = set()
         self.changed = threading.Condition()
         """Notified at every change of a member's state."""
         self.on_lost: Callable[[Member], None] = lambda member: None
         self.wake: Callable[[], None] = lambda: None
+        self.pause_before: Callable[[int], float] = lambda failures: _BACKOFF[min(failures, len(_BACKOFF) - 1)]
+        """Seconds before a connection attempt after so many failed ones; the watchdog has its own (``[watchdog] retry``)."""
         self._generation = 0
         self._level = False
         """No member is preferred to another by role, site or priority."""
         self._uses = 0
         self._moved = -1
         self._here = threading.local()
+        self._closed = False
         self.follow_journal()
 
     # -- membership as the journal has it ------------------------------------------------------------------
@@ -107,19 +130,40 @@ class Roster:
             return
         with self.changed:
             self._moved = self.view.moved
-            configured = {member.name: member for member in self.config.members}
+            configured = self._configured()
+            members: dict[str, Member] = {}
             for name, record in self.view.members.items():
                 if name not in configured:
                     continue
                 member = self.members.get(name)
                 if member is None:
-                    rank = (0, configured[name].priority)
-                    member = self.members[name] = Member(configured[name], rank=rank, standby=False)
+                    member = Member(configured[name], rank=(0, configured[name].priority), standby=False)
+                members[name] = member
                 self._apply(member, record)
-            for name in list(self.members):
-                if name not in self.view.members:
-                    self._end(self.members.pop(name))
+            gone = [member for name, member in self.members.items() if name not in members]
+            self.members = members  # anew: other threads go through the old one without a lock
+            self._level = len({(one.standby, one.rank) for one in members.values()}) < 2
+            for member in gone:
+                self._end(member)
             self.changed.notify_all()
+
+    def _configured(self) -> dict[str, MemberConfig]:
+        """The configuration's members; read from the file again where the journal lists one that it did not have when
+        this process started: so an application sees a new member without a restart."""
+        listed = self.view.members
+        known = tuple(member for member in self.config.members if member.name in listed)
+        if len(known) < len(listed):
+            try:
+                now = load(self.config.path).members
+            except ConfigurationError as error:
+                log.error("configuration.not-read", reason=str(error))
+                now = ()
+            names = {member.name for member in known}
+            known += tuple(member for member in now if member.name in listed and member.name not in names)
+            for name in sorted(set(listed) - {member.name for member in known}):
+                log.error("member.not-configured", member=name, file=str(self.config.path))
+        self.config = msgspec.structs.replace(self.config, members=known)
+        return {member.name: member for member in known}
 
     def _apply(self, member: Member, record: MemberRecord) -> None:
         member.standby = record.role is Role.STANDBY
@@ -138,8 +182,6 @@ class Roster:
             member.happened(Event.NOT_ADMITTED)
         elif member.state is State.RESYNCING:
             member.happened(Event.ADMITTED)
-
-        self._level = len({(one.standby, one.rank) for one in self.members.values()}) < 2
 
     # -- choosing ------------------------------------------------------------------------------------------
     def stay(self, objects: Sequence[Usable]) -> Member | None:
@@ -192,14 +234,15 @@ class Roster:
         with self.changed:
             return self.changed.wait_for(unless, timeout)
 
-    def may_come(self) -> bool:
-        """Some member is being connected, probed or resynced now: worth waiting for, within a call's bound."""
+    def may_come(self, only: Member | None = None) -> bool:
+        """Some member (this one) is being connected, probed or resynced now: worth waiting for, within a call's
+        bound."""
         soon = self.clock.boot() + _SOON
         return any(
             (member.busy and not member.serving)
             or member.state is State.SUSPECT
             or (member.state in (State.JOINING, State.FAILED) and member.next_attempt <= soon)
-            for member in self.members.values()
+            for member in ([only] if only is not None else self.members.values())
         )
 
     # -- losing --------------------------------------------------------------------------------------------
@@ -213,7 +256,7 @@ class Roster:
             member.happened(Event.LOST)
             now = self.clock.boot()
             member.failures = member.failures + 1 if now - member.entered < _SHORT_LIFE else 0
-            member.next_attempt = now + _BACKOFF[min(member.failures, len(_BACKOFF) - 1)]
+            member.next_attempt = now + self.pause_before(member.failures)
             self.changed.notify_all()
         log.warning("member.failed", member=member.name, reason=why)
         self.submit(self._kill_when_idle, life)
@@ -221,15 +264,24 @@ class Roster:
         self.on_lost(member)
         self.wake()
 
-    def timed_out(self, member: Member, life: Life) -> None:
-        """A deadline passed: suspect, until a probe on a session of its own has answered or not."""
+    def bury_the_dead(self) -> None:
+        """A worker that died while nobody called it is noticed all the same."""
+        for member in list(self.members.values()):
+            life = member.life
+            if life is not None and not life.connection.alive:
+                self.lost(member, life, "its worker ended")
+
+    def timed_out(self, member: Member, life: Life, *, stalled: bool = True) -> None:
+        """A deadline passed: suspect, until a probe on a session of its own has answered or not.
+
+        :param stalled: False: no call of ours did, others doubt it; a probe that is answered is all there is to it."""
         with self.changed:
             if member.life is not life or not member.happened(Event.TIMEOUT):
                 return
             self.changed.notify_all()
-        self.submit(self.probe, member, life)
+        self.submit(self.probe, member, life, stalled)
 
-    def probe(self, member: Member, life: Life) -> bool:
+    def probe(self, member: Member, life: Life, stalled: bool = True) -> bool:
         """One heartbeat. Serial number changed: another token behind the same address."""
         try:
             token = life.connection.probe(timeout=self.config.timeouts.probe)
@@ -240,7 +292,8 @@ class Roster:
             self.quarantine(member, f"shows serial number {token.serial}, not {life.token.serial}: another token")
             return False
         with self.changed:
-            if member.happened(Event.PROBE_OK):
+            member.last_success = self.clock.boot()
+            if member.happened(Event.PROBE_OK) and stalled:
                 member.rests += 1
                 pause = self.config.timeouts.call * 2.0**member.rests
                 member.rest_until = self.clock.boot() + min(pause, _LONGEST_REST)
@@ -351,16 +404,19 @@ class Roster:
         for other in self.members.values():
             if other is not member and other.life is not None and other.life.token.serial == life.token.serial:
                 raise MemberQuarantined(f'members "{member.name}" and "{other.name}" show one serial number')
+        self.heed_pin_changes()
         known = self.pins.for_member(member.config)
         if known is not None:
-            self.log_in(member, life, *known)
+            self.log_in(member, life, *known, automatic=True)
         self._enter(member, life)
+        if known is None and (known := self.pins.for_member(member.config)) is not None:
+            self.log_in(member, life, *known, automatic=True)  # an application logged in just then
 
     def _enter(self, member: Member, life: Life) -> None:
         with self.changed:
             member.life = life
             member.reason = None
-            member.entered = self.clock.boot()
+            member.entered = member.last_success = self.clock.boot()
             member.rests = 0
             admitted = self.view.members[member.name].membership is Membership.ADMITTED
             member.happened(Event.CHECKED if admitted else Event.NOT_ADMITTED)
@@ -370,10 +426,11 @@ class Roster:
 
     def _not_connected(self, member: Member, why: str) -> None:
         with self.changed:
+            member.life = None
             member.happened(Event.LOST)
             member.reason = why
             member.failures += 1
-            member.next_attempt = self.clock.boot() + _BACKOFF[min(member.failures, len(_BACKOFF) - 1)]
+            member.next_attempt = self.clock.boot() + self.pause_before(member.failures)
             self.changed.notify_all()
         log.warning("member.unreachable", member=member.name, reason=why, attempt=member.failures)
 
@@ -381,55 +438,88 @@ class Roster:
         if life is not None:
             life.connection.kill()
 
-    def log_in(self, member: Member, life: Life, pin: Pin, source: str, stamp: str) -> None:
+    def log_in(self, member: Member, life: Life, pin: Pin, source: str, stamp: str, *, automatic: bool = False) -> None:
         """Log in to one member and check its domain keys and manifest.
 
-        :raises MemberQuarantined: its PIN was refused, and another one's was not; or it must not be tried.
+        :param automatic: not in a call in which the application gave the PIN.
+        :raises MemberQuarantined: its PIN was refused, and another one's was not.
+        :raises LoginHeld: it must not be tried now.
         """
         timeout = self.config.timeouts.call
         try:
-            log_in(self.journal, member, life, pin, source, stamp, timeout=timeout)
+            log_in(self.journal, member, life, pin, source, stamp, automatic=automatic, timeout=timeout)
         except Ckr as error:
-            if error.rv in PIN_ERRORS:
-                raise MemberQuarantined(f'member "{member.name}": PIN differs ({source}): {error}') from error
-            raise
+            if error.rv not in PIN_ERRORS:
+                raise
+            if automatic and source == APPLICATION and self.pins.accepted_before(member.name, pin):
+                self.pins.forget()  # changed behind our back: no other member is tried with it
+                raise LoginHeld(
+                    f'member "{member.name}": the PIN that this program logged in with is refused now ({error})'
+                ) from error
+            what = "PIN differs" if error.rv == CKR.PIN_INCORRECT else "PIN refused"
+            raise MemberQuarantined(f'member "{member.name}": {what} ({source}): {error}') from error
         self.pins.accepted(member.name, pin, application=source == APPLICATION)
         self.find_keys(member, life)
+
+    def heed_pin_changes(self) -> None:
+        """Another process changed the PIN on all members: what is held here is not right any more."""
+        try:
+            events = self.journal.events(limit=1000, since=self._events_seen)
+        except JournalUnavailable:
+            return
+        if events:
+            self._events_seen = events[-1].number
+        if any(event.kind == PIN_CHANGED and event.data.get("owner") != self.journal.owner for event in events):
+            self.pins.forget()
 
     def log_in_first(self, member: Member, life: Life, pin: Pin) -> None:
         """Log in with a PIN that the application gave in this call: a refusal is the application's error.
 
         :raises Ckr: ``PIN_*`` and whatever else the member answered.
         """
-        log_in(self.journal, member, life, pin, APPLICATION, "", timeout=self.config.timeouts.call)
+        timeout = self.config.timeouts.call
+        log_in(self.journal, member, life, pin, APPLICATION, "", automatic=False, timeout=timeout)
         self.pins.accepted(member.name, pin, application=True)
         self.find_keys(member, life)
 
     def find_keys(self, member: Member, life: Life) -> None:
         """After a login: the domain's keys, proved by the member (G9), and what its manifest says (DESIGN.md 4.6)."""
         group = self.view.group
-        life.keys = find_domain(
-            life.connection,
-            group.domain_key_id,
-            group.partition_key_id,
-            member.config.wrap_mechanism,
-            timeout=self.config.timeouts.call,
-        )
-        open_reference(life.connection, life.keys, group.reference, timeout=self.config.timeouts.call)
-        manifest.check(self.journal, self.view, member, life, timeout=self.config.timeouts.call)
+        try:
+            life.keys = find_domain(
+                life.connection,
+                group.domain_key_id,
+                group.partition_key_id,
+                member.config.wrap_mechanism,
+                timeout=self.config.timeouts.call,
+            )
+            open_reference(life.connection, life.keys, group.reference, timeout=self.config.timeouts.call)
+            manifest.check(self.journal, self.view, member, life, timeout=self.config.timeouts.call)
+        except BaseException as error:
+            life.keys = None
+            self.lost(member, life, str(error))  # it is logged in, and must not serve by that
+            raise
+        # The check may just have taken its admission away.
+        self.view.refresh()
+        self.follow_journal()
 
     # -- background ----------------------------------------------------------------------------------------
     def renew_after_fork(self) -> None:
         """In the child: no thread, no connection and no lock of the parent's is ours."""
         self.changed = threading.Condition()
-        self.tasks = ThreadPoolExecutor(max_workers=64, thread_name_prefix="hagroup")
+        self.tasks = self._workers()
         self._running = set()
         self._here = threading.local()
+        self.pins.renew_after_fork()
         for member in self.members.values():
             member.renew_after_fork()
 
     def submit(self, function: Callable[..., object], *args: object) -> Future[object]:
-        """Run in the background; what it raises is logged, never lost."""
+        """Run in the background; what it raises is logged, never lost. Nothing is begun once the group was closed."""
+        if self._closed:
+            done: Future[object] = Future()
+            done.set_result(None)
+            return done
 
         def guarded() -> object:
             try:
@@ -451,6 +541,7 @@ class Roster:
 
     def close(self) -> None:
         """End the connections: in an orderly way where what runs comes to its end in time, else by force."""
+        self._closed = True
         self.tasks.shutdown(wait=False)
         _, unfinished = wait(set(self._running), timeout=CLOSE_GRACE)
         for member in list(self.members.values()):

@@ -55,6 +55,10 @@ class VirtualSession:
     def logout(self) -> None:
         self._use().access.logout()
 
+    @property
+    def logouts(self) -> int:
+        return self._group.access.logouts
+
     def set_pin(self, old: bytes, new: bytes) -> None:
         if not self.rw:
             raise Ckr(CKR.SESSION_READ_ONLY, "C_SetPIN")

@@ -108,7 +108,7 @@ def _check(config: GroupConfig, lives: Mapping[str, Life], *, timeout: float) ->
         )
 
 
-def _held_keys(member: DomainMember, *, timeout: float) -> DomainKeys | None:
+def held_keys(member: DomainMember, *, timeout: float) -> DomainKeys | None:
     """The keys of a domain that the member belongs to already; None: of none."""
     found: dict[bytes, list[tuple[int, bytes]]] = {DOMAIN_LABEL: [], PARTITION_LABEL: []}
     for label, keys in found.items():
@@ -146,7 +146,7 @@ def _domain(
         DomainMember(connection=lives[member.name].connection, name=member.name, wrap_mechanism=member.wrap_mechanism)
         for member in config.members
     ]
-    present = {member.name: keys for member in members if (keys := _held_keys(member, timeout=timeout)) is not None}
+    present = {member.name: keys for member in members if (keys := held_keys(member, timeout=timeout)) is not None}
     if not present:
         made = generate_domain(members, sealed=sealed, timeout=timeout)
         return {member.name: keys for member, keys in zip(members, made, strict=True)}
@@ -156,7 +156,7 @@ def _domain(
     newcomers = [member for member in members if member.name not in present]
     if newcomers:
         first = next(member for member in config.members if member.name == holders[0].name)
-        officer = _officer(first, lives[first.name], so_pin, timeout=timeout)
+        officer = officer_of(first, lives[first.name], so_pin, timeout=timeout)
         try:
             for member in newcomers:
                 present[member.name] = join_domain(
@@ -167,7 +167,7 @@ def _domain(
     return present
 
 
-def _officer(member: MemberConfig, life: Life, so_pin: Pin, *, timeout: float) -> Life:
+def officer_of(member: MemberConfig, life: Life, so_pin: Pin, *, timeout: float) -> Life:
     """The SO of the member that speaks for the others: in a module instance of its own (the user is logged in)."""
     officer = open_life(member, None, generation=1, timeout=timeout, serial=life.token.serial)
     try:
@@ -200,7 +200,7 @@ def _record(
             role=member.role,
             membership=Membership.ADMITTED,
             since=clock.wall(),
-            default_extractable=_default_extractable(lives[member.name], timeout=timeout),
+            default_extractable=default_extractable(lives[member.name], timeout=timeout),
         )
         for member in config.members
     ]
@@ -229,7 +229,7 @@ def _record(
     return serial
 
 
-def _default_extractable(life: Life, *, timeout: float) -> bool:
+def default_extractable(life: Life, *, timeout: float) -> bool:
     """EXTRACTABLE of a key for which the template says nothing: the member's default, learnt with a session key."""
     template: Template = [
         (CKA.CLASS, pack_ulong(CKO.SECRET_KEY)),

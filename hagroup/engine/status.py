@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
@@ -11,6 +12,7 @@ import msgspec
 from hagroup.config.model import GroupConfig, MemberConfig
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.records import MemberRecord, Membership, OwedKind
+from hagroup.engine.login import pin_trouble
 from hagroup.engine.roster import CONNECTION_LOST, open_life
 from hagroup.errors import HAError
 from hagroup.journal.api import Journal
@@ -61,21 +63,22 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     journal: JournalStatus
 
 
-def gather(config: GroupConfig, journal: Journal) -> Status:
+def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | None] | None = None) -> Status:
     """Read the journal and ask every member, in parallel, whether its token is there; nothing is changed.
 
+    :param answers: what is known already by member's name (None: it answers; else why not): nobody is asked.
     :raises JournalUnavailable: the journal cannot be read.
     """
     _, records = journal.view()
     configured = {member.name: member for member in config.members}
-    answers: dict[str, str | None] = {}
-    with ThreadPoolExecutor(max_workers=max(1, len(records))) as pool:
-        futures = {
-            record.name: pool.submit(_reachable, configured[record.name], journal, record, config.timeouts.call)
-            for record in records
-            if record.name in configured
-        }
-        answers = {name: future.result() for name, future in futures.items()}
+    if answers is None:
+        with ThreadPoolExecutor(max_workers=max(1, len(records))) as pool:
+            futures = {
+                record.name: pool.submit(_reachable, configured[record.name], journal, record, config.timeouts.call)
+                for record in records
+                if record.name in configured
+            }
+            answers = {name: future.result() for name, future in futures.items()}
     members = [
         _member(record, journal, answers.get(record.name, "not in hagroup.toml of this host")) for record in records
     ]
@@ -101,7 +104,7 @@ def _reachable(config: MemberConfig, journal: Journal, record: MemberRecord, tim
     except (Ckr, DeadlinePassed, ModuleProblem, HAError, *CONNECTION_LOST) as error:
         return str(error)
     life.connection.close()
-    return None
+    return pin_trouble(life.token.flags)
 
 
 def _member(record: MemberRecord, journal: Journal, unreachable: str | None) -> MemberStatus:

@@ -7,11 +7,11 @@ application: calls wait, if at all, for a member's state, not for this thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from hagroup.config.logging import get_logger
 from hagroup.core.clock import Clock
-from hagroup.core.records import Membership, OwedKind
+from hagroup.core.records import Membership, Observation, OwedKind
 from hagroup.core.states import State
 from hagroup.engine.member import Member
 from hagroup.engine.replicate import Replicator
@@ -25,6 +25,19 @@ log = get_logger(__name__)
 
 TICK = 1.0
 """Seconds between looks when nothing happens."""
+HEARTBEAT = 5.0
+"""Seconds for which an own success with a member outweighs what others saw of it."""
+WITNESSES = 2
+"""So many other processes must have seen a member fail before this one looks for itself."""
+
+
+def doubted(observations: Iterable[Observation], own: str, alive: Callable[[str], bool]) -> dict[str, float]:
+    """Members that enough other living processes saw fail, and since when they are enough (boot time)."""
+    seen: dict[str, list[float]] = {}
+    for one in observations:
+        if not one.ok and one.observer != own and alive(one.observer):
+            seen.setdefault(one.member, []).append(one.boot_time)
+    return {name: sorted(times)[-WITNESSES] for name, times in seen.items() if len(times) >= WITNESSES}
 
 
 class Supervisor:
@@ -49,7 +62,9 @@ class Supervisor:
         self._event = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="hagroup-supervisor", daemon=True)
-        self._looked_for_work = -1
+        self._observed = -1
+        self._doubted: dict[str, float] = {}
+        self._answers: dict[str, int] = {}
 
     def start(self) -> None:
         self._thread.start()
@@ -57,7 +72,7 @@ class Supervisor:
     def stop(self) -> None:
         self._stopping = True
         self._event.set()
-        if self._thread is not threading.current_thread():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
 
     def wake(self) -> None:
@@ -87,15 +102,40 @@ class Supervisor:
 
     def tick(self) -> None:
         """One look: start what is due."""
+        for member in list(self._roster.members.values()):
+            life = member.life
+            if life is not None and not life.connection.alive:  # it died while nobody called it
+                self._roster.lost(member, life, "its worker ended")
+        self._roster.bury_the_dead()
         for member in self._roster.due():
             self._roster.submit(self._roster.connect, member)
         self._view.refresh()
         self._roster.follow_journal()
+        self._heed_observations()
         for member in list(self._roster.members.values()):
             if member.state in (State.RESYNCING, State.IN_SERVICE) and not member.busy and self._ready(member):
                 self._resync(member)
         if self._any_keys():
             self.resync.recover_intents()
+
+    def _heed_observations(self) -> None:
+        """Others saw a member fail: look for ourselves. Never more than that: their own workers may be the broken part
+        (DESIGN.md 4.5)."""
+        number = self._journal.view_number()
+        if number != self._observed:
+            self._observed = number
+            self._doubted = doubted(self._journal.observations(), self._journal.owner, self._journal.owner_alive)
+        now = self._clock.boot()
+        for member in list(self._roster.members.values()):
+            answers, life = member.answers, member.life
+            if answers != self._answers.get(member.name):
+                self._answers[member.name] = answers
+                member.last_success = now
+            if life is None or member.state is not State.IN_SERVICE:
+                continue
+            if member.last_success < min(self._doubted.get(member.name, 0.0), now - HEARTBEAT):
+                log.info("member.doubted", member=member.name)
+                self._roster.timed_out(member, life, stalled=False)
 
     def _any_keys(self) -> bool:
         return any(m.life is not None and m.life.keys is not None for m in self._roster.members.values())

@@ -43,13 +43,17 @@ class View:
         self.members = {member.name: member for member in members}
         self.moved += 1
 
-    def refresh(self) -> None:
-        """Drop what others changed. Without the journal the last view goes on serving, or JournalUnavailable."""
+    def refresh(self, *, always: bool = False) -> None:
+        """Drop what others changed. Without the journal the last view goes on serving, or JournalUnavailable.
+
+        :param always: the journal said that this view is old. Its number may not show it: a process that dies between
+            its commit and moving the number leaves the others behind until the next commit.
+        """
         number = self._journal.view_number()
-        if number == self._seen:
+        if number == self._seen and not always:
             return
         with self._lock:
-            if number == self._seen:
+            if number == self._seen and not always:
                 return
             try:
                 changes = self._journal.changes(self._since, self.group.epoch)

@@ -32,12 +32,19 @@ class Object(types.Object):
     """An object of the group, seen through one session."""
 
     _session: Session
-    uid: bytes
-    """Its name in the group (hagroup's own)."""
 
-    def __init__(self, session: Session, uid: bytes) -> None:
+    def __init__(self, session: Session, uid: bytes, *, private: bool = False) -> None:
         self._session = session
-        self.uid = uid
+        self._uid = uid
+        self._logouts = session.engine.logouts if private else None
+
+    @property
+    @raises_pkcs11
+    def uid(self) -> bytes:
+        """Its name in the group (hagroup's own); a logout ends it for private objects (PKCS#11, C_Logout)."""
+        if self._logouts is not None and self._logouts != self._session.engine.logouts:
+            raise error_for(CKR.OBJECT_HANDLE_INVALID)
+        return self._uid
 
     @property
     def session(self) -> Session:
@@ -45,10 +52,10 @@ class Object(types.Object):
 
     @property
     def handle(self) -> int:
-        return virtual_handle(self.uid)
+        return virtual_handle(self._uid)
 
     def _identity(self) -> Any:
-        return "hagroup.Object", self._session, self.uid
+        return "hagroup.Object", self._session, self._uid
 
     @raises_pkcs11
     def __getitem__(self, key: Attribute) -> Any:
@@ -155,7 +162,8 @@ _KEY_CLASSES = (ObjectClass.SECRET_KEY, ObjectClass.PUBLIC_KEY, ObjectClass.PRIV
 
 _CLASS = int(Attribute.CLASS)
 _capability_mixins: list[tuple[int, type[Object]]] = []
-_asked_of_new = [_CLASS]
+_PRIVATE = int(Attribute.PRIVATE)
+_asked_of_new = [_CLASS, _PRIVATE]
 _classes: dict[tuple[int, int], type[Object]] = {}
 _ULONG = struct.Struct("@L")
 
@@ -182,10 +190,11 @@ def make_object(session: Session, uid: bytes) -> Any:
     values, _ = session.engine.get(uid, _asked_of_new)
     raw = values.get(_CLASS, b"")
     object_class = _ULONG.unpack(raw)[0] if len(raw) == _ULONG.size else -1
+    private = any(values.get(_PRIVATE, b""))
     if object_class not in _CLASS_MAP:
-        return Object(session, uid)
+        return Object(session, uid, private=private)
     capabilities = 0
     for bit, (number, _) in enumerate(_capability_mixins):
         if any(values.get(number, b"")):
             capabilities |= 1 << bit
-    return _class_of(object_class, capabilities)(session, uid)
+    return _class_of(object_class, capabilities)(session, uid, private=private)

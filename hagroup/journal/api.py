@@ -130,8 +130,11 @@ class Journal(Protocol):
         ...
 
     def copies(self, member: str) -> Iterator[Copy]: ...
-    def owed(self, member: str | None = None, *, doubtful: bool | None = None) -> list[OwedRow]:
-        """Owed rows by change number; of one member; only those in doubt (sent, unanswered) or only the others."""
+    def owed(
+        self, member: str | None = None, *, doubtful: bool | None = None, limit: int | None = None
+    ) -> list[OwedRow]:
+        """Owed rows by change number; of one member; only those in doubt (sent, unanswered) or only the others; the
+        oldest ``limit`` (a new member owes a row for every object)."""
         ...
 
     def tombstone(self, uid: bytes) -> Tombstone | None: ...
@@ -275,7 +278,10 @@ class Journal(Protocol):
 
     def clear_doubt(self, member: str, uid: bytes) -> None:
         """The late window is over, and the member was searched after it: attempts that were given up, and those of dead
-        owners, are over. A settled row with no attempt left is deleted; one that is not settled is owed as before."""
+        owners, are over. A settled row with no attempt left is deleted; one that is not settled is owed as before.
+
+        *All* of them, also one given up a moment ago: who looked at certain attempts (``unanswered`` of the row that
+        it claimed) names those, with ``resolve_attempts``."""
         ...
 
     def resolve_attempts(self, member: str, uid: bytes, numbers: Collection[int]) -> None:
@@ -317,7 +323,8 @@ class Journal(Protocol):
     def admit(self, name: str, *, barrier: int, low: int, lease: Lease | None) -> list[OwedRow]:
         """One transaction: if the member owes nothing from up to ``barrier`` (rows with an outstanding attempt, and
         rows with a reason, aside: they keep that object out, not the member) it becomes ``admitted`` and ``[]`` is
-        returned; else the rows that keep it out are returned and nothing changes. ``low`` is stored as finished.
+        returned; else the rows that keep it out are returned and nothing changes
+        (the oldest thousand, where there are more). ``low`` is stored as finished.
         Raises :class:`LeaseLost`; :class:`StaleMembership` for a member that is quarantined or not listed."""
         ...
 

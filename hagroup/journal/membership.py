@@ -10,6 +10,9 @@ from hagroup.journal.api import LeaseLost, StaleMembership
 from hagroup.journal.opened import Opened
 from hagroup.journal.transaction import Transaction
 
+_HINDERS_SHOWN = 1_000
+"""A member that was just listed in a large group owes a million rows: all writers would wait until they were read."""
+
 
 class Members(Opened):
     """The part of :class:`SqliteJournal` about the group and who is in it."""
@@ -86,8 +89,8 @@ class Members(Opened):
                 raise StaleMembership(f'member "{name}" was quarantined or removed meanwhile')
             hinders = rows.load_owed(
                 t.sql,
-                "w.member = ? AND w.change <= ? AND w.attempts IS NULL AND w.reason IS NULL ORDER BY w.change",
-                (name, barrier),
+                "w.member = ? AND w.change <= ? AND w.attempts IS NULL AND w.reason IS NULL ORDER BY w.change LIMIT ?",
+                (name, barrier, _HINDERS_SHOWN),
             )
             if hinders:
                 return hinders

@@ -133,13 +133,16 @@ class Reading(Opened):
 
     # -- what is owed, what is gone, what is under way -------------------------------------------------------------
 
-    def owed(self, member: str | None = None, *, doubtful: bool | None = None) -> list[OwedRow]:
+    def owed(
+        self, member: str | None = None, *, doubtful: bool | None = None, limit: int | None = None
+    ) -> list[OwedRow]:
         conditions = {None: [], True: ["w.attempts IS NOT NULL"], False: ["w.attempts IS NULL"]}[doubtful]
         if member is not None:
             conditions.append("w.member = ?")
         where = " AND ".join(conditions) or "1"
-        values = () if member is None else (member,)
-        return self._read(lambda connection: rows.load_owed(connection, f"{where} ORDER BY w.change", values))
+        order = "ORDER BY w.change LIMIT ?"
+        values = (*(() if member is None else (member,)), -1 if limit is None else limit)
+        return self._read(lambda connection: rows.load_owed(connection, f"{where} {order}", values))
 
     def tombstone(self, uid: bytes) -> Tombstone | None:
         def query(connection: sqlite3.Connection) -> Tombstone | None:

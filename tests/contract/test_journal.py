@@ -422,6 +422,19 @@ def test_confirmation_for_a_member_that_was_removed_is_refused(journal):
     assert owed_by(journal, record.uid) == {"c"}
 
 
+def test_two_attempts_that_overlap_prove_nothing_together(journal):
+    """A thread sets a label and is slow; another makes the object anew in its old revision; then the first replies."""
+    record = make_live(journal, "a")
+    intent = begin_set(journal, record, {LABEL: b"new"}, "a")
+    claim(journal, "a", record.uid)
+    assert confirm(journal, installed("a", record)) == [True]
+    after = journal.commit_set(intent.id)
+    assert confirm(journal, installed("a", after, SET)) == [False], "which of the two came last on the member?"
+    journal.undone("a", record.uid)
+    assert row_of(journal, "a", record.uid).kind is INSTALL
+    assert copy_of(journal, "a", record.uid) is None
+
+
 # -- set attributes ------------------------------------------------------------------------------------------------
 
 

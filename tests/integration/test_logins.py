@@ -5,14 +5,13 @@ What a PIN costs is counted where it counts: by the interposer, in the members' 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,9 @@ print(int(token.flags))
 COUNT_LOW = 0x10000
 
 
-def by_hand(member: dict[str, Any], *, pins: list[tuple[str, str]] | None = None, wrong: list[str] | None = None) -> int:
+def by_hand(member: dict[str, Any], *, pins: Sequence[tuple[str, str]] = (), wrong: Sequence[str] = ()) -> int:
     """A person with the member's own module: changes PINs, tries wrong ones; gives back the token's flags."""
-    question = {"module": member["module"], "serial": member["serial"], "pins": pins or [], "wrong": wrong or []}
+    question = {"module": member["module"], "serial": member["serial"], "pins": pins, "wrong": wrong}
     done = subprocess.run(
         [sys.executable, "-c", _FLAGS],
         input=json.dumps(question),
@@ -179,20 +178,19 @@ def test_second_wrong_pin_after_restart_goes_to_the_same_member(bare: FaultGroup
 
 def test_a_locked_member_does_not_lock_the_group_out(bare: FaultGroup, opened: Any) -> None:
     token = opened(bare.group)
-    with token.open(user_pin=PIN):
-        settle(token)
-    first = max(
-        (record for record in token.slot._library.group.journal.logins()), key=lambda record: record.boot_time
-    ).member
-    token.slot._library.unload()
+    settle(token)
+    first = max(token.slot._library.group.journal.logins(), key=lambda record: record.boot_time).member
     bare.controls[first].add("C_Login", "error", rv="CKR_PIN_LOCKED")
     try:
-        token = opened(bare.group)
-        settle(token)
-        with contextlib.suppress(pkcs11.exceptions.PinLocked):
-            token.open(user_pin=PIN)
+        with token.open(user_pin=PIN) as session:
+            session.generate_random(8)
+            assert settle(token)[first] == "quarantined"
+            assert "PIN_LOCKED" in roster(token).members[first].reason
     finally:
         bare.clear()
+    assert bare.group.admin("member", "resume", first).returncode == 0
+    with token.open(user_pin=PIN):
+        wait_serving(token, "hsm1", "hsm2", "hsm3")
 
 
 # -- a member whose PIN is another one --------------------------------------------------------------------------
@@ -367,9 +365,11 @@ def test_pin_changed_by_another_process(new_group: Any, opened: Any) -> None:
 def test_basic_recovery_keeps_no_pin(new_group: Any, opened: Any) -> None:
     group = new_group("--no-pin-sources")
     text = group.toml.read_text()
-    group.toml.write_text(text.replace('"enhanced"', '"basic"') if "enhanced" in text else text.replace(
-        "[group]", '[group]\nrecovery_mode = "basic"'
-    ))
+    group.toml.write_text(
+        text.replace('"enhanced"', '"basic"')
+        if "enhanced" in text
+        else text.replace("[group]", '[group]\nrecovery_mode = "basic"')
+    )
     token = opened(group)
     settle(token)
     with token.open(rw=True, user_pin=PIN) as session:
@@ -402,7 +402,7 @@ def test_one_login_at_a_time(three: GroupFixture, opened: Any) -> None:
     token = opened(three)
     with token.open(user_pin=PIN), pytest.raises(pkcs11.exceptions.UserAlreadyLoggedIn):
         token.open(user_pin=PIN)
-    with token.open(user_pin=PIN), pytest.raises(pkcs11.exceptions.AnotherUserAlreadyLoggedIn):
+    with token.open(rw=True, user_pin=PIN), pytest.raises(pkcs11.exceptions.AnotherUserAlreadyLoggedIn):
         token.open(rw=True, so_pin=SO_PIN)
     with token.open(rw=True, so_pin=SO_PIN), pytest.raises(pkcs11.exceptions.AnotherUserAlreadyLoggedIn):
         token.open(user_pin=PIN)
@@ -559,11 +559,11 @@ def test_finalize_and_reinitialize(three: GroupFixture, opened: Any) -> None:
     with pytest.raises(pkcs11.exceptions.SessionHandleInvalid):
         session.generate_random(8)
     token = library.get_token(token_label="payments")
-    with token.open(user_pin=PIN) as session:
-        session.generate_random(8)
-        library.reinitialize()
-        with pytest.raises(pkcs11.PKCS11Error):
-            session.close()
+    session = token.open(user_pin=PIN)
+    session.generate_random(8)
+    library.reinitialize()
+    with pytest.raises(pkcs11.PKCS11Error):
+        session.close()
     with library.get_token(token_label="payments").open(user_pin=PIN) as session:
         session.generate_random(8)
     assert time.monotonic() > 0

@@ -90,8 +90,13 @@ class DirectSession:
         connection = self._use()
         self._destroy_session_objects()  # the public ones too: the generation moves, and their handles with it
         connection.logout(timeout=_TIMEOUT)
+        self._group.logouts += 1
         self._group.state = None
         self._group.forget_all()
+
+    @property
+    def logouts(self) -> int:
+        return self._group.logouts
 
     def set_pin(self, old: bytes, new: bytes) -> None:
         self._use().set_pin(old, new, timeout=_TIMEOUT)
@@ -219,6 +224,7 @@ class DirectGroup:
     def __init__(self, connection: Connection, *, members: Sequence[MemberSlot] = ()) -> None:
         self.connection = connection
         self.state: int | None = None
+        self.logouts = 0
         self.assigned: list[bool] = []
         """``assign_id`` of each object that was made."""
         self._members = members

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hagroup as pkcs11
+from hagroup import Attribute
 from tests.support import plain
 from tests.support.faults import FaultControl, build_interposer
 from tests.support.groups import PIN, GroupFixture, make_group, wait_until
@@ -92,12 +93,25 @@ class FaultGroup:
     def wait_serving(self, session: Any, *names: str) -> None:
         """Until these members (all) are in service here, and owe nothing."""
         group = engine(session)
-        group.supervisor.wake()
 
         def ready() -> bool:
+            for member in group.roster.members.values():
+                member.next_attempt = 0.0  # what earlier faults made it wait for is not what is tested
+            group.supervisor.wake()
             return {member.name for member in group.roster.serving()} >= set(names or self.names)
 
         wait_until(ready, f"members {names or self.names} in service")
+
+    def wait_failed(self, session: Any, *names: str) -> None:
+        """Until none of these members (all) is connected; random numbers are asked for, so that it is noticed."""
+        members = engine(session).roster.members
+
+        def failed() -> bool:
+            with contextlib.suppress(pkcs11.PKCS11Error):
+                session.generate_random(64)
+            return all(members[name].life is None for name in names or self.names)
+
+        wait_until(failed, f"members {names or self.names} failed")
 
     def clear(self) -> None:
         for control in self.controls.values():
@@ -107,6 +121,8 @@ class FaultGroup:
         """No faults; every member in service, owing nothing; no intent open."""
         self.clear()
         self.wait_serving(session)
+        for member in engine(session).roster.members.values():
+            member.failures = 0
         journal = engine(session).journal
 
         def settled() -> bool:
@@ -118,15 +134,26 @@ class FaultGroup:
         except AssertionError as error:
             raise AssertionError(f"{error}; owed: {journal.owed()}; intents: {journal.intents()}") from None
 
-    def labels(self) -> dict[str, list[str]]:
-        """Labels of the application's objects on each token, read with plain pkcs11."""
+    def labels(self, *, own: bool = False) -> dict[str, list[str]]:
+        """Labels of the objects on each token (``own``: hagroup's too), read with plain pkcs11."""
+
+        def read(member: dict[str, Any]) -> list[str]:
+            return sorted(item["label"] for item in plain.objects(member, own=own))
+
         with ThreadPoolExecutor() as pool:
-            return dict(zip(self.names, pool.map(plain.labels, self.group.members.values()), strict=True))
+            return dict(zip(self.names, pool.map(read, self.group.members.values()), strict=True))
 
     def check_tokens(self, session: Any) -> None:
-        """What the group shows, and nothing else, is on every token: no ghosts, no second key."""
-        shown = sorted(item[pkcs11.Attribute.LABEL] for item in session.get_objects({pkcs11.Attribute.TOKEN: True}))
-        assert self.labels() == dict.fromkeys(self.names, shown)
+        """What the group has is on every token exactly once, with its record, and nothing else: no ghosts."""
+        live = list(engine(session).journal.objects())
+        wanted = [record.attributes[Attribute.LABEL].decode() for record in live]
+        wanted += [f"hagroup:object:{record.uid.hex()}:{record.revision}" for record in live]
+        wanted += ["hagroup domain key", "hagroup partition key"]
+        for name, found in self.labels(own=True).items():
+            manifests = [label for label in found if label.startswith("hagroup:manifest")]
+            assert len(manifests) == 1, f"{name}: {manifests}"
+            assert sorted(set(found) - set(manifests)) == sorted(set(wanted)), name
+            assert len(found) == len(wanted) + 1, name
 
 
 def engine(session: Any) -> Any:

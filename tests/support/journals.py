@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -88,7 +89,7 @@ _numbers = itertools.count(1)
 
 
 def new_uid() -> bytes:
-    return hashlib.sha256(b"%d" % next(_numbers)).digest()[:16]
+    return hashlib.sha256(b"%d %d" % (os.getpid(), next(_numbers))).digest()[:16]
 
 
 def new_object(label: bytes = b"key", *, id_: bytes | None = None, uid: bytes | None = None) -> ObjectRecord:

@@ -1,0 +1,191 @@
+"""``ha-admin member …`` on a live group (issue 4; T 3.4.12, T 3.4.13), by real processes."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import hagroup as pkcs11
+from hagroup import KeyType, Mechanism
+from hagroup.core.calls import Template
+from hagroup.engine.challenge import DomainMember
+from hagroup.engine.joining import import_domain
+from tests.integration.replica_support import connect
+from tests.support import plain
+from tests.support.faulty import Load, engine
+from tests.support.groups import PIN, GroupFixture, run_client, wait_until
+from tests.support.newcomers import add, new_token
+from tests.support.softhsm import TokenFixture
+
+T = 30.0
+DATA = b"data"
+
+
+def names(group: GroupFixture) -> list[str]:
+    return [member["name"] for member in tomllib.loads(group.toml.read_text())["member"]]
+
+
+def own_labels(group: GroupFixture, name: str, member: dict[str, Any]) -> list[str]:
+    return [item["label"] for item in plain.objects(member, own=True)]
+
+
+def test_members_come_and_go_under_a_running_application(new_group: Callable[..., GroupFixture]) -> None:
+    group = new_group(members=2)
+    token = new_token(group, "hsm3")
+    lib = pkcs11.lib(str(group.toml))
+    with lib.get_token(token_label="payments").open(rw=True, user_pin=PIN) as session:
+        _, private = session.generate_keypair(KeyType.RSA, 2048, store=True, label="signer")
+        session.generate_key(KeyType.AES, 256, store=True, label="wrapper")
+        expected = private.sign(DATA, mechanism=Mechanism.SHA256_RSA_PKCS)
+        roster = engine(session).roster
+
+        def sign(_: int) -> None:
+            assert private.sign(DATA, mechanism=Mechanism.SHA256_RSA_PKCS) == expected
+
+        def serving() -> list[str]:
+            return [member.name for member in roster.serving()]
+
+        with Load(sign, threads=4) as load:
+            load.wait_for(50)
+            done = add(group, "hsm3", token)
+            assert done.returncode == 0, done.stderr
+            assert "security officer" in done.stdout
+            wait_until(lambda: "hsm3" in serving(), "the running application sees the new member")
+            member = group.members["hsm3"]
+            wait_until(lambda: "hsm3" in engine(session).view.object(private.uid).members, "it has the key")
+            assert plain.use(member, "sign", 3, "signer", DATA, "SHA256_RSA_PKCS") == expected
+            session.generate_key(KeyType.AES, 128, store=True, label="made after")
+            assert plain.labels(member) == ["made after", "signer", "signer", "wrapper"]
+
+            drained = group.admin("member", "drain", "hsm3")
+            assert drained.returncode == 0, drained.stderr
+            wait_until(lambda: "hsm3" not in serving(), "it is out of service here")
+            session.generate_key(KeyType.AES, 128, store=True, label="made meanwhile")
+            wait_until(lambda: "made meanwhile" in plain.labels(member), "a draining member is kept in sync")
+            resumed = group.admin("member", "resume", "hsm3")
+            assert resumed.returncode == 0, resumed.stderr
+            wait_until(lambda: "hsm3" in serving(), "it is back")
+
+            assert group.admin("member", "standby", "hsm3").returncode == 0
+            wait_until(lambda: roster.members["hsm3"].standby, "standby is known here")
+            assert tomllib.loads(group.toml.read_text())["member"][2]["role"] == "standby"
+            assert group.admin("member", "activate", "hsm3").returncode == 0
+            wait_until(lambda: not roster.members["hsm3"].standby, "active again")
+            assert group.admin("status").returncode == 0
+
+            removed = group.admin("member", "remove", "hsm3", "--yes")
+            assert removed.returncode == 0, removed.stderr
+            wait_until(lambda: "hsm3" not in roster.members, "it is gone here")
+            load.wait_for(50)
+        assert not load.errors, load.errors[0]
+        assert load.longest() < 5.0
+    assert own_labels(group, "hsm3", member) == []
+    assert names(group) == ["hsm1", "hsm2"]
+    assert group.admin("status").returncode == 0
+    listed = json.loads(group.admin("member", "list", "--json").stdout)
+    assert [one["name"] for one in listed] == ["hsm1", "hsm2"]
+
+
+@pytest.fixture
+def known_secrets(new_group: Callable[..., GroupFixture]) -> tuple[GroupFixture, bytes, bytes, tuple[bytes, bytes]]:
+    """A group, and a domain of which the test knows the secrets: another one than the group's own."""
+    group = new_group(members=1)
+    return group, b"D" * 32, b"P" * 32, (b"d" * 16, b"p" * 16)
+
+
+def _domain_ids(group: GroupFixture) -> tuple[bytes, bytes]:
+    from hagroup.journal import open_journal
+
+    journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
+    try:
+        return journal.group().domain_key_id, journal.group().partition_key_id
+    finally:
+        journal.close()
+
+
+def _implant(token: TokenFixture, domain: bytes, partition: bytes, ids: tuple[bytes, bytes]) -> None:
+    connection = connect(token)
+    try:
+        member = DomainMember(connection=connection, name="implant")
+        import_domain(member, domain, partition, ids, sealed=False, timeout=T)
+    finally:
+        connection.close()
+
+
+def _objects(token: TokenFixture) -> int:
+    connection = connect(token)
+    try:
+        every: Template = []
+        return len(connection.find(every, timeout=T))
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("same_ids", [True, False])
+def test_3_4_12_and_13_refused_and_nothing_created(group: GroupFixture, same_ids: bool) -> None:
+    run_client(group, "session.generate_key(KeyType.AES, 256, store=True, label='key')\n")
+    token = new_token(group, "hsm4")
+    ids = _domain_ids(group) if same_ids else (b"d" * 16, _domain_ids(group)[1])
+    _implant(token, b"D" * 32, b"P" * 32, ids)
+    text = group.toml.read_text()
+    before = _objects(token)
+    done = add(group, "hsm4", token)
+    assert done.returncode == 2, done.stdout
+    assert 'member "hsm4"' in done.stderr
+    assert ("partition secret differs" if same_ids else "domain key differs") in done.stderr
+    assert "nothing was changed" in done.stderr
+    assert group.toml.read_text() == text
+    assert [member["name"] for member in group.status()["members"]] == ["hsm1", "hsm2", "hsm3"]
+    assert _objects(token) == before
+    for member in group.members.values():
+        assert plain.labels(member) == ["key"]
+
+
+def test_refused_without_trace(group: GroupFixture) -> None:
+    """Wrong PIN, a member's own token, a wrong SO PIN, not confirmed: nothing changes."""
+    token = new_token(group, "hsm4")
+    text = group.toml.read_text()
+    (group.folder / "so-pin").write_text("00000000")
+    refused = add(group, "hsm4", token)
+    assert refused.returncode == 2
+    assert "refused the SO PIN" in refused.stderr
+    (group.folder / "hsm4" / "pin").write_text("9999")
+    refused = add(group, "hsm4", token)
+    assert refused.returncode == 2
+    assert "refused its user PIN" in refused.stderr
+    arguments = ["member", "add", "other", "--module", "/usr/lib/softhsm/libsofthsm2.so", "--token-serial"]
+    arguments += [group.members["hsm1"]["serial"], "--env", f"SOFTHSM2_CONF={group.folder / 'hsm1' / 'softhsm2.conf'}"]
+    arguments += ["--pin-file", str(group.folder / "hsm1" / "pin")]
+    twice = group.admin(*arguments, "--yes")
+    assert twice.returncode == 2
+    assert "hsm1" in twice.stderr
+    assert group.toml.read_text() == text
+    assert _objects(token) == 0
+    assert group.admin("status").returncode == 0
+
+
+def test_the_last_member_cannot_leave(new_group: Callable[..., GroupFixture]) -> None:
+    group = new_group(members=1)
+    for command in (["drain", "hsm1"], ["remove", "hsm1", "--yes"]):
+        done = group.admin("member", *command)
+        assert done.returncode == 2
+        assert "nothing was changed" in done.stderr
+    assert group.admin("status").returncode == 0
+    unknown = group.admin("member", "drain", "hsm9")
+    assert unknown.returncode == 2
+    assert "hsm1" in unknown.stderr
+
+
+def test_removed_while_away_is_left_to_do(new_group: Callable[..., GroupFixture]) -> None:
+    group = new_group(members=2)
+    run_client(group, "session.generate_key(KeyType.AES, 256, store=True, label='key')\n")
+    group.take_away("hsm2")
+    done = group.admin("member", "remove", "hsm2", "--yes")
+    assert done.returncode == 1, done.stderr
+    assert "NOT destroyed" in done.stdout
+    assert names(group) == ["hsm1"]
+    assert group.admin("status").returncode == 0

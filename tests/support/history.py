@@ -1,0 +1,598 @@
+"""Histories of a group: what may happen in one step, what must hold after each, and at the end.
+
+A step is a name and a few numbers, so a history is plain data: drawn by Hypothesis or by a seed, printed, shortened,
+run again.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hagroup.core.attributes import CKA, CKM, CKO, pack_bool, pack_ulong
+from hagroup.core.calls import Ckr, Handle
+from hagroup.core.ckr import CKR
+from hagroup.core.records import Membership, ObjectRecord, ObjectState
+from hagroup.errors import JournalUnavailable, OutcomeUnknown
+from tests.support.simulated import CKM_AES_CMAC, CKM_EC_KEY_PAIR_GEN, CKM_ECDSA, Fate, SimMember, SimObject, signature
+from tests.support.simulation import EXPECTED, LATE_WINDOW, PIN, Client, Killed, Simulation, key_template
+
+Step = tuple[str, int, int, int]
+P256 = bytes.fromhex("06082a8648ce3d030107")
+OWN = (b"hagroup domain key", b"hagroup partition key")
+FATES = list(Fate)[1:]
+WRONG_PIN = b"9999"
+QUIET_ROUNDS = 40
+
+
+class Broken(AssertionError):
+    """Something that must hold does not."""
+
+
+@dataclass
+class Thing:
+    """An object that was acknowledged, or that turned out to have been made."""
+
+    uid: bytes
+    number: int
+    labels: set[bytes]
+    """What it may be called: more than one while the outcome of a change is not known."""
+    kind: int
+    state: str = "live"  # live | gone | maybe (a destroy whose outcome is not known)
+    secret: bytes | None = None
+    damaged: bool = False
+    mechanism: int | None = None
+
+
+@dataclass
+class Unknown:
+    """A create whose outcome is not known: all of it, or nothing."""
+
+    number: int
+    label: bytes
+    count: int
+
+
+@dataclass
+class Damage:
+    """A token was emptied or put back: the journal cannot know before somebody connects to it."""
+
+    since: float
+
+
+@dataclass
+class History:
+    """A group under way."""
+
+    simulation: Simulation
+    clients: list[Client | None]
+    things: list[Thing] = field(default_factory=list)
+    unknown: list[Unknown] = field(default_factory=list)
+    number: int = 0
+    damage: dict[str, Damage] = field(default_factory=dict)
+    snapshots: dict[str, dict[int, SimObject]] = field(default_factory=dict)
+    pin_refusals: dict[str, int] = field(default_factory=dict)
+    """Refused attempts before the PIN on the token last changed."""
+
+    # -- clients -----------------------------------------------------------------------------------------------
+    def client(self, number: int) -> Client | None:
+        """A living client; started anew where it was killed."""
+        place = number % len(self.clients)
+        client = self.clients[place]
+        if client is None or client.dead:
+            try:
+                client = self.clients[place] = self.simulation.client("AB"[place] if place < 2 else f"C{place}")
+            except (JournalUnavailable, Killed):
+                return None
+        return client
+
+    def call(self, number: int, action: Callable[[Client], Any]) -> tuple[str, Any]:
+        """("done", answer), ("refused", error), ("unknown", error) or ("killed", None)."""
+        client = self.client(number)
+        if client is None:
+            return "refused", None
+        try:
+            return "done", action(client)
+        except (OutcomeUnknown, JournalUnavailable) as error:
+            return "unknown", error
+        except EXPECTED as error:
+            return "refused", error
+        except Killed:
+            client.bury()
+            return "killed", None
+
+    # -- what applications do ----------------------------------------------------------------------------------
+    def create(self, client: int, kind: int, _: int) -> None:
+        self.number += 1
+        number, label = self.number, b"%d" % self.number
+
+        def make(one: Client) -> list[tuple[bytes, int, int | None]]:
+            session = one.ready()
+            match kind % 5:
+                case 0 | 1:
+                    template = [*key_template(label, sensitive=kind % 5 == 0), (CKA.VALUE_LEN, pack_ulong(32))]
+                    uid = session.generate((CKM.AES_KEY_GEN, None), template, assign_id=True)
+                    return [(uid, CKO.SECRET_KEY, CKM_AES_CMAC)]
+                case 2:
+                    value = [(CKA.CLASS, pack_ulong(CKO.DATA)), (CKA.VALUE, b"value of " + label)]
+                    template = [*key_template(label, private=bool(kind % 2)), *value]
+                    return [(session.create(template, assign_id=True), CKO.DATA, None)]
+                case 3:
+                    public = [*key_template(label), (CKA.EC_PARAMS, P256)]
+                    mechanism, sign = CKM_EC_KEY_PAIR_GEN, CKM_ECDSA
+                case _:
+                    public = [*key_template(label), (CKA.MODULUS_BITS, pack_ulong(528))]
+                    mechanism, sign = CKM.RSA_PKCS_KEY_PAIR_GEN, CKM.SHA256_RSA_PKCS
+            pair = session.generate_pair((mechanism, None), public, key_template(label, sensitive=True), assign_id=True)
+            return [(pair[0], CKO.PUBLIC_KEY, None), (pair[1], CKO.PRIVATE_KEY, int(sign))]
+
+        outcome, made = self.call(client, make)
+        if outcome == "done":
+            for uid, object_class, mechanism in made:
+                self.things.append(Thing(uid, number, {label}, object_class, mechanism=mechanism))
+        elif outcome != "refused":
+            self.unknown.append(Unknown(number, label, 2 if kind % 5 > 2 else 1))
+
+    def _thing(self, number: int) -> Thing | None:
+        return self.things[number % len(self.things)] if self.things else None
+
+    def set_label(self, client: int, which: int, _: int) -> None:
+        thing = self._thing(which)
+        if thing is None:
+            return
+        self.number += 1
+        new = b"%d.%d" % (thing.number, self.number)
+        outcome, answer = self.call(client, lambda one: one.ready().set(thing.uid, [(int(CKA.LABEL), new)]))
+        if outcome == "done":
+            self._was_there(thing, "an attribute was set")
+            thing.labels = {new}
+        elif outcome == "refused":
+            self._refusal(thing, answer)
+        else:
+            thing.labels = {*thing.labels, new}
+
+    def destroy(self, client: int, which: int, _: int) -> None:
+        thing = self._thing(which)
+        if thing is None:
+            return
+        outcome, answer = self.call(client, lambda one: one.ready().destroy(thing.uid))
+        if outcome == "done":
+            self._was_there(thing, "an object was destroyed")
+            thing.state = "gone"
+        elif outcome == "refused":
+            self._refusal(thing, answer)
+        elif thing.state == "live":
+            thing.state = "maybe"
+
+    def _was_there(self, thing: Thing, what: str) -> None:
+        if thing.state == "gone":
+            raise Broken(f"{what} that had been destroyed: {thing}")
+
+    def _refusal(self, thing: Thing, error: Exception | None) -> None:
+        if isinstance(error, Ckr) and error.rv == CKR.OBJECT_HANDLE_INVALID and error.function != "C_FindObjects":
+            if thing.state == "live" and not self.simulation.depth:
+                raise Broken(f"an object is refused that was never destroyed: {thing}")
+            if thing.state == "maybe" and not self.simulation.depth:
+                thing.state = "gone"
+
+    def sign(self, client: int, which: int, _: int) -> None:
+        things = [one for one in self.things if one.mechanism is not None]
+        if not things:
+            return
+        thing = things[which % len(things)]
+        calm = self._calm(thing)
+        outcome, answer = self.call(client, lambda one: one.ready().sign((thing.mechanism or 0, None), thing.uid, b"x"))
+        if outcome != "done":
+            if outcome == "refused" and calm and self._connected(client):
+                raise Broken(f"nothing is wrong, and {thing} cannot be used: {answer!r}")
+            return
+        self._was_there(thing, "a key was used")
+        if thing.secret is not None:
+            key = SimObject(0, {}, thing.secret, None)
+            if signature(key, thing.mechanism or 0, b"x") != answer:
+                raise Broken(f"another key signed than {thing}")
+
+    def _calm(self, thing: Thing) -> bool:
+        """Nothing stands in the way of using it."""
+        simulation = self.simulation
+        copies, owed = simulation.journal.placement(thing.uid)
+        fine = not any(member.down or member.hung or member.late for member in simulation.members.values())
+        quiet = not any(simulation.faults.values()) and not any(
+            one is not None and (one.kill_in, one.journal_fault_in, one.intrusion) != (None, None, None)
+            for one in self.clients
+        )
+        return fine and quiet and not self.damage and thing.state == "live" and len(copies) == 3 and not owed
+
+    def _connected(self, number: int) -> bool:
+        client = self.clients[number % len(self.clients)]
+        return client is not None and len(client.engine.roster.serving()) == 3
+
+    def find(self, client: int, _: int, __: int) -> None:
+        def look(one: Client) -> list[bytes]:
+            return one.ready().find({})
+
+        outcome, found = self.call(client, look)
+        if outcome != "done" or self.simulation.depth:
+            return
+        self._same_answer(found)
+
+    def _same_answer(self, found: list[bytes]) -> None:
+        live = {record.uid for record in self.simulation.journal.objects() if record.state is ObjectState.LIVE}
+        if set(found) != live:
+            raise Broken(f"a search shows {len(found)} objects where the journal has {len(live)}")
+
+    def tick(self, client: int, _: int, __: int) -> None:
+        self.call(client, lambda one: one.background())
+
+    # -- what the world does -----------------------------------------------------------------------------------
+    def _member(self, number: int) -> SimMember:
+        members = list(self.simulation.members.values())
+        return members[number % len(members)]
+
+    def fault(self, member: int, fate: int, when: int) -> None:
+        name = self._member(member).name
+        only_changes = bool(when & 1)
+        self.simulation.faults.setdefault(name, []).append(
+            (when // 2 % (4 if only_changes else 24), FATES[fate % len(FATES)], only_changes)
+        )
+
+    def off(self, member: int, _: int, __: int) -> None:
+        one = self._member(member)
+        one.down = True
+        one.power_cycle()
+
+    def hang(self, member: int, _: int, __: int) -> None:
+        self._member(member).hung = True
+
+    def back(self, member: int, _: int, __: int) -> None:
+        one = self._member(member)
+        one.down = one.hung = one.token.full = False
+
+    def full(self, member: int, _: int, __: int) -> None:
+        self._member(member).token.full = True
+
+    def snapshot(self, member: int, _: int, __: int) -> None:
+        one = self._member(member)
+        self.snapshots[one.name] = _copied(one.token.objects)
+
+    def restore(self, member: int, _: int, __: int) -> None:
+        """An old backup is put back into the token."""
+        one = self._member(member)
+        if one.name in self.snapshots and self._may_damage(one):
+            self._damage(one, _copied(self.snapshots[one.name]))
+
+    def empty(self, member: int, _: int, __: int) -> None:
+        """All is gone but the domain's keys, as after C_InitToken and joining the domain again."""
+        one = self._member(member)
+        if self._may_damage(one):
+            kept = {number: item for number, item in one.token.objects.items() if item.label in OWN}
+            self._damage(one, kept)
+
+    def _may_damage(self, member: SimMember) -> bool:
+        """One disaster at a time: another token is whole."""
+        return not self.damage or set(self.damage) == {member.name}
+
+    def _damage(self, member: SimMember, objects: dict[int, SimObject]) -> None:
+        member.power_cycle()
+        member.late.clear()
+        member.token.objects = objects
+        self.damage[member.name] = Damage(self.simulation.clock.now)
+
+    def pin(self, member: int, _: int, __: int) -> None:
+        """Somebody changes the member's PIN with other tools; a person puts things right when all is healed."""
+        one = self._member(member)
+        if one.token.pin == PIN:
+            one.token.pin = WRONG_PIN
+            self.pin_refusals[one.name] = len(one.token.refused)
+            one.power_cycle()
+
+    def late(self, member: int, index: int, _: int) -> None:
+        """A call that was given up is executed after all, if it still may be."""
+        one = self._member(member)
+        if not one.down:
+            one.late = [call for call in one.late if self.simulation.clock.now - call.since < LATE_WINDOW]
+            one.run_late(index)
+
+    def kill(self, client: int, when: int, _: int) -> None:
+        one = self.clients[client % len(self.clients)]
+        if one is not None and not one.dead:
+            one.kill_in = when % 40
+
+    def journal_error(self, client: int, when: int, _: int) -> None:
+        one = self.clients[client % len(self.clients)]
+        if one is not None and not one.dead:
+            one.journal_fault_in = when % 12
+
+    def intrude(self, client: int, when: int, what: int) -> None:
+        """In the middle of what this client does next, another one does something."""
+        one = self.clients[client % len(self.clients)]
+        if one is None or one.dead:
+            return
+        name = INTRUSIONS[what % len(INTRUSIONS)]
+        rest = what // len(INTRUSIONS)
+        other = client + 1 if name in CLIENT_STEPS else rest
+
+        def action() -> None:
+            try:
+                getattr(self, name)(other, rest, rest // 7)
+            except Killed:  # the intruder's death is not this client's
+                pass
+
+        one.intrusion = (when % 60, action)
+
+    def time(self, how: int, _: int, __: int) -> None:
+        self.simulation.clock.now += (0.3, 1.0, 3.0, 11.0, 31.0, 200.0, 700.0)[how % 7]
+
+    # -- steps, and what must hold after each ------------------------------------------------------------------
+    def run(self, step: Step) -> None:
+        name, *numbers = step
+        if self.simulation.log is not None:
+            self.simulation.log.append(f"-- {step}")
+        self.simulation.clock.now += 0.01
+        getattr(self, name)(*numbers)
+        self.check()
+
+    def check(self) -> None:
+        if self.simulation.unexpected:
+            raise Broken("an exception in the background:\n" + "\n".join(self.simulation.unexpected))
+        self._check_pins()
+        records = {record.uid: record for record in self.simulation.journal.objects()}
+        live = {uid: record for uid, record in records.items() if record.state is ObjectState.LIVE}
+        self._settle_unknown(records, live)
+        known = {thing.uid: thing for thing in self.things}
+        for uid, record in live.items():
+            thing = known.get(uid)
+            if thing is None:
+                raise Broken(f"the group has an object that nobody was told of: {record.locator}")
+            if thing.state == "gone":
+                raise Broken(f"a destroyed object is back: {thing}")
+            if record.attributes[CKA.LABEL] not in thing.labels:
+                raise Broken(f"{thing} is called {record.attributes[CKA.LABEL]!r}")
+            thing.damaged = False
+        for thing in self.things:
+            if thing.state == "live" and thing.uid not in live:
+                raise Broken(f"an acknowledged object is lost: {thing}")
+            if thing.state == "maybe" and thing.uid not in live:
+                thing.state = "gone"
+        self._check_copies(live, known)
+        self._check_clients(known)
+
+    def _settle_unknown(self, records: dict[bytes, ObjectRecord], live: dict[bytes, ObjectRecord]) -> None:
+        known = {thing.uid for thing in self.things}
+        for one in list(self.unknown):
+            mine = [r for r in records.values() if r.uid not in known and r.attributes[CKA.LABEL] == one.label]
+            there = [record for record in mine if record.uid in live]
+            if there and len(there) != one.count:
+                raise Broken(f"{one} is there in part")
+            if there or not mine:
+                self.unknown.remove(one)
+            for record in there:
+                mechanism = {CKO.SECRET_KEY: CKM_AES_CMAC}.get(CKO(record.object_class))
+                self.things.append(
+                    Thing(record.uid, one.number, {one.label}, record.object_class, mechanism=mechanism)
+                )
+
+    def _check_pins(self) -> None:
+        for name, member in self.simulation.members.items():
+            if len(member.token.refused) > self.pin_refusals.get(name, 0) + 1:
+                raise Broken(f"a refused PIN was tried again on {name}")
+
+    def _check_copies(self, live: dict[bytes, ObjectRecord], known: dict[bytes, Thing]) -> None:
+        """What the journal says that a member has, and owes nothing for, is there: one, whole, as it should be."""
+        journal = self.simulation.journal
+        members = {member.name: member for member in journal.members()}
+        holders: dict[bytes, int] = dict.fromkeys(live, 0)
+        for name, member in self.simulation.members.items():
+            damage = self.damage.get(name)
+            if damage is not None:
+                if members[name].membership is Membership.ADMITTED and (
+                    members[name].since > damage.since + 1_700_000_000.0
+                ):
+                    del self.damage[name]
+                else:
+                    continue
+            owed = {row.uid for row in journal.owed(name)}
+            for copy in journal.copies(name):
+                record = live.get(copy.uid)
+                if record is None or copy.uid in owed or copy.revision != record.revision:
+                    continue
+                holders[copy.uid] += 1
+                self._check_copy(member, record, known[copy.uid])
+        if not self.damage:
+            for uid, count in holders.items():
+                owed_to = {row.member for row in journal.owed() if row.uid == uid}
+                if not count and not owed_to:
+                    raise Broken(f"no member has {known[uid]}, and none owes it")
+
+    def _check_copy(self, member: SimMember, record: ObjectRecord, thing: Thing) -> None:
+        found = _at(member, record)
+        if len(found) != 1:
+            raise Broken(f"{member.name} has {len(found)} of {thing}, revision {record.revision}, where it has one")
+        if record.object_class in (CKO.SECRET_KEY, CKO.PRIVATE_KEY):
+            secret = found[0].secret
+            thing.secret = thing.secret or secret
+            if secret is None or secret != thing.secret:
+                raise Broken(f"{member.name} has another key, or half of one, for {thing}")
+
+    def _check_clients(self, known: dict[bytes, Thing]) -> None:
+        gone = [thing.uid for thing in self.things if thing.state == "gone"]
+        for client in self.clients:
+            if client is None or client.dead:
+                continue
+            try:
+                client.engine.view.refresh()
+            except (JournalUnavailable, Killed):
+                continue
+            for uid in gone:
+                if client.real and client.engine.view._objects.get(uid) is not None:
+                    raise Broken(f"{client.name} would use a destroyed object: {known[uid]}")
+
+    # -- the end -----------------------------------------------------------------------------------------------
+    def heal(self) -> None:
+        """Nothing is wrong any more, and people have done what they are asked to."""
+        simulation = self.simulation
+        simulation.faults.clear()
+        for client in self.clients:
+            if client is not None:
+                client.kill_in = client.journal_fault_in = client.intrusion = None
+        for member in simulation.members.values():
+            while not member.down and member.late:
+                call = member.late[0]
+                if simulation.clock.now - call.since < LATE_WINDOW:
+                    member.run_late(0)
+                else:
+                    member.late.pop(0)
+            member.late.clear()
+            member.down = member.hung = member.token.full = member.token.count_low = False
+            if member.token.pin != PIN:
+                member.token.pin = PIN
+                self.pin_refusals[member.name] = len(member.token.refused)
+                simulation.journal.forget_login(member.name)
+        for record in simulation.journal.members():
+            if record.membership is Membership.QUARANTINED:
+                simulation.journal.update_member(record.name, membership=Membership.OUT_OF_SYNC, reason="resumed")
+
+    def finish(self) -> None:
+        """Heal, let time pass until all is quiet, and compare everything."""
+        if self.simulation.log is not None:
+            self.simulation.log.append("-- heal")
+        self.heal()
+        for client in range(len(self.clients)):
+            self.client(client)
+        simulation = self.simulation
+        for round_ in range(QUIET_ROUNDS):
+            for number in range(len(self.clients)):
+                self.tick(number, 0, 0)
+            self.check()
+            simulation.clock.now += LATE_WINDOW + 100.0 if round_ == 3 else 70.0
+            if round_ > 6 and self._quiet():
+                break
+        else:
+            raise Broken(self._why_not_quiet())
+        self._check_tokens()
+        for number in range(len(self.clients)):
+            outcome, found = self.call(number, lambda one: one.ready().find({}))
+            if outcome != "done":
+                raise Broken(f"all is well, and a search fails: {found!r}")
+            self._same_answer(found)
+            for which in range(len([one for one in self.things if one.mechanism is not None])):
+                self.sign(number, which, 0)
+
+    def _quiet(self) -> bool:
+        journal = self.simulation.journal
+        admitted = all(member.membership is Membership.ADMITTED for member in journal.members())
+        return admitted and not journal.owed() and not journal.intents()
+
+    def _why_not_quiet(self) -> str:
+        journal = self.simulation.journal
+        lines = ["it does not come to rest"]
+        lines += [f"  {row}" for row in journal.owed()]
+        lines += [f"  {intent}" for intent in journal.intents()]
+        lines += [f"  {member.name} {member.membership.value} {member.reason}" for member in journal.members()]
+        for client in self.clients:
+            if client is not None:
+                lines += [f"  {client.name}: {m.name} {m.state} {m.reason}" for m in client.engine.roster.members.values()]
+        return "\n".join(lines)
+
+    def _check_tokens(self) -> None:
+        """Each token holds exactly what is live, and its records; no ghost, no orphan."""
+        live = [record for record in self.simulation.journal.objects() if record.state is ObjectState.LIVE]
+        known = {thing.uid: thing for thing in self.things}
+        for member in self.simulation.members.values():
+            rest = dict(member.token.objects)
+            for record in live:
+                self._check_copy(member, record, known[record.uid])
+                del rest[_at(member, record)[0].number]
+                sealed = [
+                    item
+                    for item in rest.values()
+                    if item.label == f"hagroup:object:{record.uid.hex()}:{record.revision}".encode()
+                ]
+                if len(sealed) != 1:
+                    raise Broken(f"{member.name} has {len(sealed)} sealed records of {known[record.uid]}")
+                del rest[sealed[0].number]
+            left = [
+                item
+                for item in rest.values()
+                if item.label not in OWN and not item.label.startswith(b"hagroup:manifest:")
+            ]
+            if left:
+                raise Broken(f"{member.name} holds what it should not: {[_shown(item) for item in left]}")
+
+
+def _shown(item: SimObject) -> str:
+    return f"{item.object_class}:{item.label!r}{'' if item.attributes else ' (ghost)'}"
+
+
+def _at(member: SimMember, record: ObjectRecord) -> list[SimObject]:
+    """Objects on the token where this one should be."""
+    locator = record.locator
+    number = CKA.OBJECT_ID if record.object_class == CKO.DATA else CKA.ID
+    return [
+        item
+        for item in member.token.objects.values()
+        if item.object_class == locator.object_class
+        and item.label == locator.label
+        and item.attributes.get(number, b"") == locator.id
+    ]
+
+
+def _copied(objects: dict[int, SimObject]) -> dict[int, SimObject]:
+    return {n: SimObject(n, dict(item.attributes), item.secret, None) for n, item in objects.items()}
+
+
+CLIENT_STEPS = ("create", "set_label", "destroy", "sign", "find", "tick")
+WORLD_STEPS = ("fault", "off", "hang", "back", "full", "snapshot", "restore", "empty", "pin", "late")
+TROUBLE = ("kill", "journal_error", "intrude", "time")
+INTRUSIONS = ("set_label", "destroy", "tick", "create", "late", "off", "back", "sign")
+WEIGHTS = {
+    "create": 10,
+    "set_label": 7,
+    "destroy": 6,
+    "sign": 6,
+    "find": 2,
+    "tick": 10,
+    "fault": 10,
+    "off": 2,
+    "hang": 2,
+    "back": 6,
+    "full": 1,
+    "snapshot": 2,
+    "restore": 2,
+    "empty": 1,
+    "pin": 1,
+    "late": 6,
+    "kill": 4,
+    "journal_error": 3,
+    "intrude": 5,
+    "time": 6,
+}
+
+
+def random_steps(seed: int, length: int) -> list[Step]:
+    """The history of a seed."""
+    numbers = random.Random(seed)
+    names = numbers.choices(list(WEIGHTS), list(WEIGHTS.values()), k=length)
+    return [
+        (name, numbers.randrange(1 << 16), numbers.randrange(1 << 16), numbers.randrange(1 << 16)) for name in names
+    ]
+
+
+def play(steps: list[Step], seed: int, *, log: list[str] | None = None, local: bool | None = None) -> None:
+    """Run a history from an empty group to its end. :raises Broken: something did not hold."""
+    local = seed % 3 == 0 if local is None else local
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        simulation = Simulation(Path(folder), seed, local=local)
+        simulation.log = log
+        with simulation.running():
+            history = History(simulation, [None, None])
+            for step in steps:
+                history.run(step)
+            history.finish()
+
+
+__all__ = ["Broken", "Handle", "History", "Step", "pack_bool", "play", "random_steps"]

@@ -1,0 +1,143 @@
+"""ha-watchdog as a process, and what listens to it: a hook's file, a webhook, systemd's socket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from tests.support.groups import GroupFixture, wait_until
+
+INTERVAL, THRESHOLD, PROBE = 0.8, 2, 0.4
+BOUND = INTERVAL * THRESHOLD + PROBE
+HOOK = """#!/bin/sh
+cat >> "{file}"
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+def configure(group: GroupFixture, *lines: str, log_style: str = "json") -> None:
+    """A [watchdog] section with short times."""
+    text = group.toml.read_text().partition("[watchdog]")[0].rstrip()
+    text = re.sub(r"(?m)^probe .*$", f"probe = {PROBE}", text)
+    section = ["[watchdog]", f"interval = {INTERVAL}", f"threshold = {THRESHOLD}", "retry_interval = 0.5", *lines]
+    group.toml.write_text("\n".join([text, "", *section, f'log_style = "{log_style}"', ""]))
+
+
+def make_hook(folder: Path) -> tuple[str, Path]:
+    """(line for [watchdog], file that gets one event per line)."""
+    file, script = folder / "told", folder / "hook"
+    script.write_text(HOOK.format(file=file))
+    script.chmod(0o700)
+    return f'hook = ["{script}"]', file
+
+
+def events(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def kinds(file: Path) -> list[str]:
+    return [event["kind"] for event in events(file)]
+
+
+class Watchdog:
+    """One process; its log is in ``log``."""
+
+    def __init__(self, group: GroupFixture, name: str = "watchdog", **environment: str) -> None:
+        self.log = group.folder / f"{name}.log"
+        with self.log.open("ab") as log:
+            command = [sys.executable, "-m", "hagroup.watchdog.cli", "--config", str(group.toml)]
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def said(self, text: str) -> bool:
+        return text in self.log.read_text()
+
+    def wait_for(self, text: str, timeout: float = 30.0) -> None:
+        try:
+            wait_until(lambda: self.said(text), text, timeout)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log.read_text()}") from None
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self, timeout: float = 20.0) -> int:
+        self.signal(signal.SIGTERM)
+        return self.process.wait(timeout)
+
+
+@contextlib.contextmanager
+def watching(
+    group: GroupFixture, name: str = "watchdog", *, active: bool = True, **environment: str
+) -> Iterator[Watchdog]:
+    """A watchdog that has begun; ended at the end, whatever became of it."""
+    watchdog = Watchdog(group, name, **environment)
+    try:
+        watchdog.wait_for("watchdog.watching" if active else "watchdog.standing-by")
+        yield watchdog
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            watchdog.signal(signal.SIGCONT)
+            watchdog.signal(signal.SIGTERM)
+        try:
+            watchdog.process.wait(10)
+        except subprocess.TimeoutExpired:
+            watchdog.process.kill()
+            watchdog.process.wait()
+
+
+def get(port: int, path: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as reply:
+        return str(reply.read().decode())
+
+
+class Receiver:
+    """A webhook's other end; answers with ``statuses`` first, then 200."""
+
+    def __init__(self, *statuses: int) -> None:
+        self.got: list[tuple[dict[str, str], bytes]] = []
+        left = list(statuses)
+        got = self.got
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                got.append((dict(self.headers.items()), body))
+                self.send_response(left.pop(0) if left else 200)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/alarm"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def kinds(self) -> list[str]:
+        return [json.loads(body)["kind"] for _, body in self.got]
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()

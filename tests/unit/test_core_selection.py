@@ -1,0 +1,85 @@
+"""Which member gets the next call (DESIGN.md 3, "Load")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hagroup.core.selection import choose
+
+
+@dataclass(eq=False)
+class Candidate:
+    outstanding: int = 0
+    standby: bool = False
+    rank: tuple[int, int] = (0, 0)
+    last_used: int = 0
+
+
+candidates = st.lists(
+    st.builds(
+        Candidate,
+        outstanding=st.integers(0, 3),
+        standby=st.booleans(),
+        rank=st.tuples(st.integers(0, 1), st.integers(0, 2)),
+        last_used=st.integers(0, 5),
+    ),
+    max_size=6,
+)
+
+
+def test_nobody() -> None:
+    assert choose([], None) is None
+    assert choose([], Candidate()) is None
+
+
+def test_order() -> None:
+    free, busy = Candidate(outstanding=0, rank=(1, 5)), Candidate(outstanding=1, rank=(0, 0))
+    assert choose([busy, free], None) is free, "fewest outstanding calls first"
+    near, far = Candidate(rank=(0, 3), last_used=9), Candidate(rank=(1, 0))
+    assert choose([far, near], None) is near, "then the site"
+    first, second = Candidate(rank=(0, 1), last_used=9), Candidate(rank=(0, 2))
+    assert choose([second, first], None) is first, "then priority"
+    recent, long_ago = Candidate(last_used=7), Candidate(last_used=3)
+    assert choose([recent, long_ago], None) is long_ago, "then least recent"
+
+
+def test_a_thread_stays_while_that_is_as_good() -> None:
+    here, other = Candidate(last_used=9), Candidate(last_used=1)
+    assert choose([other, here], here) is here
+    here.outstanding = 1
+    assert choose([other, here], here) is other
+    assert choose([other], here) is other, "it is no candidate any more"
+    here.outstanding, here.rank = 0, (0, 1)
+    assert choose([other, here], here) is other, "a nearer one came back"
+
+
+@given(candidates, st.data())
+def test_what_is_chosen(members: list[Candidate], data: st.DataObject) -> None:
+    last = data.draw(st.sampled_from([None, *members]))
+    chosen = choose(members, last)
+    if not members:
+        assert chosen is None
+        return
+    assert chosen is not None
+    assert any(chosen is member for member in members)
+    if any(not member.standby for member in members):
+        assert not chosen.standby, "standby serves only where no active one can"
+    eligible = [member for member in members if member.standby == chosen.standby]
+    assert chosen.outstanding == min(member.outstanding for member in eligible)
+    as_free = [member for member in eligible if member.outstanding == chosen.outstanding]
+    assert chosen.rank == min(member.rank for member in as_free)
+
+
+@given(st.integers(1, 5), st.integers(1, 40))
+def test_calls_are_spread_evenly(count: int, calls: int) -> None:
+    members = [Candidate() for _ in range(count)]
+    for number in range(1, calls + 1):
+        chosen = choose(members, None)
+        assert chosen is not None
+        chosen.outstanding += 1
+        chosen.last_used = number
+    loads = [member.outstanding for member in members]
+    assert max(loads) - min(loads) <= 1
