@@ -11,7 +11,9 @@ import click
 import msgspec
 import typer
 
-from hagroup.admin import commands, show
+from hagroup.admin import commands, show, sync_commands
+from hagroup.admin.backup_commands import backup_app
+from hagroup.admin.journal_commands import journal_app
 from hagroup.admin.member_commands import member_app
 from hagroup.admin.options import (
     DEGRADED,
@@ -24,8 +26,11 @@ from hagroup.admin.options import (
     choose,
     chosen_config,
     confirm,
+    fail,
+    print_json,
 )
 from hagroup.admin.pins import default_config
+from hagroup.admin.verify_commands import verify
 from hagroup.config import logging as logs
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone
 from hagroup.errors import GroupUnavailable, HAError
@@ -42,6 +47,9 @@ app = typer.Typer(
 group_app = typer.Typer(help="The group as a whole.", no_args_is_help=True)
 app.add_typer(group_app, name="group")
 app.add_typer(member_app, name="member")
+app.add_typer(journal_app, name="journal")
+app.add_typer(backup_app, name="backup")
+app.command()(verify)
 
 
 @app.callback()
@@ -95,11 +103,32 @@ def status(as_json: Json = False) -> None:
 
 
 @app.command()
-def sync(pin_file: PinFile = None, pin_env: PinEnv = None, as_json: Json = False) -> None:
-    """Bring every reachable member up to date now, and finish what processes that died left open."""
+def sync(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, with the reason for each step")] = False,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="take over objects on the members that are not the group's")
+    ] = False,
+    label: Annotated[str | None, typer.Option("--label", help="with --adopt: only objects with this label")] = None,
+    pin_file: PinFile = None,
+    pin_env: PinEnv = None,
+    as_json: Json = False,
+) -> None:
+    """Bring every reachable member up to date now, and finish what processes that died left open.
+
+    --dry-run needs no PIN and asks no member. --adopt takes over what can be wrapped or is public, and refuses what the
+    group destroyed.
+    """
+    if dry_run:
+        if adopt:
+            fail("--adopt and --dry-run do not go together; `ha-admin verify` lists what could be adopted", USAGE)
+        steps = sync_commands.dry_run(as_json=as_json)
+        raise typer.Exit(DEGRADED if steps else FINE)
+    if adopt:
+        sync_commands.adopt(pin=(pin_file, pin_env), label=label, as_json=as_json)
+        return
     done = commands.sync(chosen_config(), pin=(pin_file, pin_env))
     if as_json:
-        print(msgspec.json.format(msgspec.json.encode(done), indent=2).decode())
+        print_json(done)
     else:
         show.sync(done)
     if not done.reachable:

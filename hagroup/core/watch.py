@@ -162,7 +162,7 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
 def detection_bound(interval: float, threshold: int, probe: float) -> float:
     """Seconds within which a failure is told."""
-    return interval * threshold + probe
+    return round(interval * threshold + probe, 6)
 
 
 def lease_time(interval: float, threshold: int, probe: float) -> float:

@@ -95,12 +95,12 @@ class Access:
     def _in_order(self) -> list[tuple[Member, Life]]:
         """Connected members, the one with the latest recorded success first; waits for that one, or for any.
 
-        So that wrong PINs, even of programs that are started again and again, all go to one member."""
-        when = {
-            record.member: record.boot_time
-            for record in self._roster.journal.logins()
-            if record.state is LoginState.ACCEPTED
-        }
+        A refusal counts where the application's PIN was refused: so wrong PINs, even of programs that are started again
+        and again, all go to one member."""
+        when: dict[str, float] = {}
+        for record in self._roster.journal.logins():
+            if record.state is LoginState.ACCEPTED or record.source == APPLICATION:
+                when[record.member] = max(record.boot_time, when.get(record.member, 0.0))
         members = sorted(self._roster.members.values(), key=lambda member: -when.get(member.name, 0.0))
 
         def ready() -> bool:

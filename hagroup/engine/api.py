@@ -131,7 +131,8 @@ class MemberSlot(msgspec.Struct, frozen=True, kw_only=True):
     """A member as shown beside the virtual slot when ``ha_only = false``."""
 
     name: str
-    token: VirtualToken
+    token: VirtualToken | None
+    """None: not connected now."""
     mechanisms: Mapping[int, MechanismInfo]
 
 
@@ -148,7 +149,8 @@ class Group(Protocol):
         ...
 
     def member_slots(self) -> Sequence[MemberSlot]:
-        """Empty when ``ha_only``."""
+        """All members in the configuration's order, connected or not, so that places do not shift; empty when
+        ``ha_only``."""
         ...
 
     def open_session(self, *, rw: bool) -> Session: ...

@@ -22,6 +22,7 @@ T = TypeVar("T")
 Operation = Callable[[Life, list[Handle]], T]
 
 _OVERLOAD_PAUSE = 0.02
+_CHANGE_PAUSE = 0.005
 _MOST_DEATHS = 2
 """A call in which two members died or hung is not sent to a third: it may be the call that kills them."""
 
@@ -110,6 +111,9 @@ class _Attempt:
         self._come_back: set[str] = set()
         """Members whose worker died in this call: where nobody else is left, the next worker may be asked, once."""
         self._answer: Ckr | None = None
+        self._missed: set[str] = set()
+        self._only_missing = True
+        """``_answer`` says no more than that nobody has the object."""
         self._ambiguous = False
         self._overloaded = False
 
@@ -132,12 +136,13 @@ class _Attempt:
 
     def _none_left(self) -> None:
         """Nobody to ask: the answer that we have, or a bounded wait for a member that is about to come."""
+        if self._started is None:
+            self._started = time.monotonic()
+        if (self._answer is None or self._only_missing) and self._moved(self._started + self._patience):
+            return
         if self._answer is not None and not self._overloaded:
             raise self._answer
-        now = time.monotonic()
-        if self._started is None:
-            self._started = now
-        left = self._started + self._patience - now
+        left = self._started + self._patience - time.monotonic()
         if self._overloaded and left > 0:
             time.sleep(_OVERLOAD_PAUSE)
             self._tried.clear()
@@ -158,6 +163,20 @@ class _Attempt:
             if any(self._can(member) for member in self._roster.members.values()):
                 return
         raise GroupUnavailable(f"no member can serve this call now: {self._why()}")
+
+    def _moved(self, deadline: float) -> bool:
+        """An object was changed since this call read it, or is being changed: then no member may have it in its present
+        state for a moment, and one of them soon has (G4). True: choose again."""
+        while time.monotonic() < deadline:
+            if any(item.renew() for item in self._objects):
+                self._tried -= self._missed
+                self._missed.clear()
+                self._answer, self._only_missing = None, True
+                return True
+            if not any(item.changing for item in self._objects):
+                break
+            time.sleep(_CHANGE_PAUSE)
+        return False
 
     def _why(self) -> str:
         parts = []
@@ -189,6 +208,7 @@ class _Attempt:
 
     def not_there(self, member: Member) -> None:
         self._tried.add(member.name)
+        self._missed.add(member.name)
         if self._answer is None:
             self._answer = Ckr(CKR.OBJECT_HANDLE_INVALID, "C_FindObjects")
 
@@ -213,15 +233,15 @@ class _Attempt:
         elif verdict is Verdict.QUARANTINE:
             self._roster.quarantine(member, str(error))
         elif verdict is Verdict.OVERLOAD:
-            self._overloaded = True
+            self._overloaded, self._only_missing = True, False
             self._answer = error
         elif verdict is Verdict.AMBIGUOUS:
             if self._ambiguous:
                 raise error
-            self._ambiguous = True
+            self._ambiguous, self._only_missing = True, False
             self._answer = error
         elif verdict is Verdict.CAPABILITY:
-            self._answer = error
+            self._answer, self._only_missing = error, False
             if mechanism is not None and mechanism in life.mechanisms:
                 for item in self._objects:
                     item.suspect_replica(member)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import wait
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,12 +12,12 @@ from hagroup.config.logging import get_logger
 from hagroup.core.attributes import CKA
 from hagroup.core.calls import Ckr, Handle
 from hagroup.core.ckr import CKR
-from hagroup.core.records import Intent, ObjectRecord
+from hagroup.core.records import Intent, ObjectRecord, OwedKind
 from hagroup.engine.domain import reseal
 from hagroup.engine.member import Life, Member
 from hagroup.engine.objects import SessionObject, TokenObject
 from hagroup.engine.replicate import Outcome, Result
-from hagroup.errors import GroupUnavailable, OutcomeUnknown
+from hagroup.errors import GroupUnavailable, HAError, JournalUnavailable, OutcomeUnknown
 from hagroup.journal.api import Busy, NoLongerLive
 
 if TYPE_CHECKING:
@@ -85,16 +84,25 @@ class Changer:
                 self._group.supervisor.recover_now()
             self._group.view.refresh()
             raise
+        self._mirror(after, intent, targets)
         try:
-            if self._group.mirror is not None:
-                self._group.mirror.put([after])
-            self._conclude(intent, old, after, self._ask_all(targets, old, after, intent))
+            self._conclude(intent, after, self._ask_all(targets, old, after, intent))
         except BaseException:
             self._group.supervisor.unresolved(intent.id)
             raise
-        finally:
+
+    def _mirror(self, after: ObjectRecord, intent: Intent, targets: Sequence[tuple[Member, Life]]) -> None:
+        """Under the intent, so that two changes do not overtake each other there; where it fails, nobody was asked."""
+        if self._group.mirror is None:
+            return
+        try:
+            self._group.mirror.put([after])
+        except BaseException:
+            self._journal.give_up([(name, after.uid) for name in intent.asked], doubt=False, kind=OwedKind.SET)
+            self._journal.rollback_set(intent.id)
             for member, _ in targets:
-                self._group.replication.ended(member, [uid])
+                self._group.replication.ended(member, [after.uid])
+            raise
 
     def _changed(self, old: ObjectRecord, new: dict[int, bytes], *, logged_in: bool) -> ObjectRecord:
         after = msgspec.structs.replace(old, revision=old.revision + 1, attributes={**old.attributes, **new})
@@ -120,39 +128,54 @@ class Changer:
 
     def _ask_all(
         self, targets: Sequence[tuple[Member, Life]], old: ObjectRecord, after: ObjectRecord, intent: Intent
-    ) -> list[tuple[Member, Life, Result]]:
-        asked = [(member, life) for member, life in targets if member.name in intent.asked]
+    ) -> list[Result]:
+        """What each member said; those that are lost meanwhile are not waited for."""
 
         def ask(member: Member, life: Life) -> Result:
             try:
-                return self._group.replicator.set(member, life, old, after, intent.change)
+                if member.name not in intent.asked:
+                    return Result(member.name, Outcome.UNKNOWN)
+                result = self._group.replicator.set(member, life, old, after, intent.change)
+                if result.outcome is Outcome.CONFIRMED:
+                    self._accepted(member, life, old, after, intent)
+                return result
             except Exception as error:
                 log.warning("replica.failed", member=member.name, error=str(error))
                 return Result(member.name, Outcome.UNKNOWN, error)
+            finally:
+                self._group.replication.ended(member, [old.uid])
 
-        futures = [self._roster.run(ask, member, life) for member, life in asked]
-        wait(futures)
-        return [(member, life, future.result()) for (member, life), future in zip(asked, futures, strict=True)]
+        futures = {self._roster.run(ask, member, life): (member, life) for member, life in targets}
+        self._group.replication.wait_for(futures)
+        return [
+            future.result() if future.done() else Result(member.name, Outcome.UNKNOWN)
+            for future, (member, _) in futures.items()
+            if member.name in intent.asked
+        ]
 
-    def _conclude(
-        self, intent: Intent, old: ObjectRecord, after: ObjectRecord, answers: list[tuple[Member, Life, Result]]
-    ) -> None:
+    def _accepted(self, member: Member, life: Life, old: ObjectRecord, after: ObjectRecord, intent: Intent) -> None:
+        """By one member: from here on only forward. It does not wait for the others to serve the new value."""
+        try:
+            self._journal.commit_set(intent.id)
+        finally:  # also where it was destroyed meanwhile: the member did what nobody wants any more, and it is undone
+            self._group.replicator.confirm_set(member, life, old, after)
+
+    def _conclude(self, intent: Intent, after: ObjectRecord, results: list[Result]) -> None:
         """Accepted by any: only forward. Refused by all, none unknown: back. Else: whoever comes next finds out."""
-        results = [result for _, _, result in answers]
-        accepted = [(member, life) for member, life, result in answers if result.outcome is Outcome.CONFIRMED]
+        for result in results:
+            if isinstance(result.error, NoLongerLive):
+                raise result.error
         refused = [result for result in results if result.outcome is Outcome.REFUSED]
-        if accepted:
-            try:
-                self._journal.commit_set(intent.id)
-            finally:  # also where it was destroyed meanwhile: they did what nobody wants any more, and undo it
-                for member, life in accepted:
-                    self._group.replicator.confirm_set(member, life, old, after)
+        if any(result.outcome is Outcome.CONFIRMED for result in results):
             self._group.supervisor.replace(after.uid, [result.member for result in refused])
             return
         if results and len(refused) == len(results):
             self._journal.rollback_set(intent.id)
-            error = refused[0].error
-            raise error if error is not None else GroupUnavailable("every member refused the change")
+            error = next((one.error for one in refused if isinstance(one.error, (Ckr, HAError))), None)
+            if error is None:  # connections ended before anything was sent: the members' affair, not the application's
+                text = f"no member could be asked for the change, nothing was changed: {refused[0].error}"
+                raise GroupUnavailable(text) from refused[0].error
+            raise error
         self._group.supervisor.unresolved(intent.id)
         raise OutcomeUnknown(
             "no member answered whether it took the attribute change; it is finished or undone in the background, "
@@ -188,6 +211,12 @@ class Changer:
         except NoLongerLive as error:
             raise Ckr(CKR.OBJECT_HANDLE_INVALID, "C_DestroyObject") from error
         owed = {row.member: row for row in rows}
+        not_mirrored: JournalUnavailable | None = None
+        if self._group.mirror is not None:
+            try:
+                self._group.mirror.drop(uid)
+            except JournalUnavailable as error:
+                not_mirrored = error
 
         def ask(member: Member, life: Life) -> None:
             try:
@@ -204,7 +233,8 @@ class Changer:
             finally:
                 self._group.replication.ended(member, [uid])
 
-        wait([self._roster.submit(ask, member, life) for member, life in targets])
-        if self._group.mirror is not None:
-            self._group.mirror.drop(record.uid)
+        futures = {self._roster.submit(ask, member, life): (member, life) for member, life in targets}
+        self._group.replication.wait_for(futures)
+        if not_mirrored is not None:
+            raise not_mirrored
         log.info("object.destroyed", label=record.attributes.get(CKA.LABEL, b"").decode(errors="replace"))

@@ -29,7 +29,7 @@ from hagroup.engine.replication import Replication
 from hagroup.engine.roster import Roster, thread_pool
 from hagroup.engine.session import VirtualSession
 from hagroup.engine.supervisor import Supervisor
-from hagroup.engine.view import View
+from hagroup.engine.view import ObjectView, View
 from hagroup.errors import GroupUnavailable
 from hagroup.journal.api import Journal
 from hagroup.journal.mirror import Mirror
@@ -68,14 +68,14 @@ class GroupEngine:
         self.view = View(journal, serve_offline=config.journal.offline_serving == "allow")
         self.roster = Roster(config, journal, self.view, clock, workers)
         self.caller = Caller(self.roster)
-        self.replicator = Replicator(self.roster, self.view, journal)
+        self.mirror = None if config.journal.mirror is None else Mirror(config.journal.mirror)
+        self.replicator = Replicator(self.roster, self.view, journal, self.mirror)
         self.supervisor = Supervisor(self.roster, self.view, journal, self.replicator, clock, self.close)
         self.access = Access(self.roster, self._logged_out)
-        self.mirror = None if config.journal.mirror is None else Mirror(config.journal.mirror)
         self.replication = Replication(self)
         self.maker = Maker(self)
         self.changer = Changer(self)
-        self._repairs = Repairs(missing=self.supervisor.report_missing, prove=self.supervisor.report_doubtful)
+        self._repairs = self._report_to(self.supervisor)
         self._timeout = config.timeouts.call
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -149,23 +149,25 @@ class GroupEngine:
     def member_slots(self) -> Sequence[MemberSlot]:
         if self.config.group.ha_only:
             return []
-        self._lives()
-        slots = []
-        for member in self.roster.members.values():
-            life = member.life
-            if life is None:
-                continue
-            token = VirtualToken(
-                label=life.token.label,
-                serial=life.token.serial,
-                manufacturer=life.token.manufacturer,
-                model=life.token.model,
-                flags=life.token.flags,
-                hardware_version=life.token.hardware_version,
-                firmware_version=life.token.firmware_version,
-            )
-            slots.append(MemberSlot(name=member.name, token=token, mechanisms=life.mechanisms))
-        return slots
+        self.follow()
+        self.roster.wait_for_change(self._timeout * 2, lambda: not self.roster.may_come())
+        return [self._member_slot(config.name) for config in self.config.members]
+
+    def _member_slot(self, name: str) -> MemberSlot:
+        member = self.roster.members.get(name)
+        life = None if member is None else member.life
+        if life is None:
+            return MemberSlot(name=name, token=None, mechanisms={})
+        token = VirtualToken(
+            label=life.token.label,
+            serial=life.token.serial,
+            manufacturer=life.token.manufacturer,
+            model=life.token.model,
+            flags=life.token.flags,
+            hardware_version=life.token.hardware_version,
+            firmware_version=life.token.firmware_version,
+        )
+        return MemberSlot(name=name, token=token, mechanisms=life.mechanisms)
 
     def follow(self) -> None:
         """Before every operation: drop what others changed (DESIGN.md 4.5)."""
@@ -186,6 +188,13 @@ class GroupEngine:
 
     def login_state(self) -> int | None:
         return self.access.who
+
+    def _report_to(self, supervisor: Supervisor) -> Repairs:
+        return Repairs(missing=supervisor.report_missing, prove=supervisor.report_doubtful, again=self._look_again)
+
+    def _look_again(self, uid: bytes) -> ObjectView | None:
+        self.follow()
+        return self.view.object(uid)
 
     def object(self, uid: bytes) -> TokenObject | SessionObject | None:
         item = self._session_objects.get(uid)
@@ -249,7 +258,7 @@ class GroupEngine:
         for item in self._session_objects.values():
             item.renew_after_fork()
         self.supervisor = Supervisor(self.roster, self.view, self.journal, self.replicator, self.clock, self.close)
-        self._repairs = Repairs(missing=self.supervisor.report_missing, prove=self.supervisor.report_doubtful)
+        self._repairs = self._report_to(self.supervisor)
         self.roster.wake = self.supervisor.wake
         if self._supervised:
             self.supervisor.start()

@@ -27,6 +27,13 @@ class InFlight:
         with self._lock:
             self._rows.update(rows)
 
+    def take(self, rows: Iterable[Row]) -> list[Row]:
+        """Begin those that nobody works on; the others are left to whoever does."""
+        with self._lock:
+            free = [row for row in dict.fromkeys(rows) if row not in self._rows]
+            self._rows.update(free)
+            return free
+
     def end(self, rows: Iterable[Row]) -> None:
         with self._lock:
             for row in rows:

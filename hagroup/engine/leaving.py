@@ -14,7 +14,7 @@ from hagroup.config.logging import get_logger
 from hagroup.config.pins import Pin
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.ckr import CKR
-from hagroup.core.records import Fingerprint, Locator, MemberRecord, Membership, ObjectRecord, ObjectState
+from hagroup.core.records import Fingerprint, Locator, MemberRecord, Membership, ObjectRecord, ObjectState, Role
 from hagroup.engine import proof
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL
 from hagroup.engine.group import GroupEngine
@@ -82,6 +82,13 @@ def _told(left: Left, record: MemberRecord, *, keep: bool) -> str:
 def _refuse(group: GroupEngine, name: str, *, lose: bool) -> None:
     if not others_serve(group, name):
         raise ConfigurationError(f'no other member than "{name}" serves now: the group would be lost{NOT_CHANGED}')
+    config = load(group.config.path)
+    holders = sum(member.name != name and member.role is not Role.BACKUP for member in config.members)
+    if holders < config.group.min_replicas:
+        raise ConfigurationError(
+            f"{config.path}: [group] min_replicas = {config.group.min_replicas} cannot be kept with the {holders} "
+            f"members that would be left: lower it first{NOT_CHANGED}"
+        )
     alone = only_there(group, name)
     if alone and not lose:
         shown = ", ".join(alone[:5]) + (" …" if len(alone) > 5 else "")

@@ -150,6 +150,8 @@ def log_in(
     if source == APPLICATION:
         stamp = f"{os.getpid()}-{time.monotonic_ns()}"  # a person's (or application's) own attempt is always a new one
     clear = not flags & (USER_PIN_COUNT_LOW | USER_PIN_FINAL_TRY)
+    if member.unreported_login is not None:
+        _report(journal, member, member.unreported_login[0])
     _announce(journal, member, source, stamp, clear=clear, timeout=timeout)
     state: LoginState | None = None
     try:
@@ -164,8 +166,16 @@ def log_in(
         else:
             raise
     finally:
-        journal.end_login(member.name, state)
+        _report(journal, member, state)
     life.logged_in = True
+
+
+def _report(journal: Journal, member: Member, state: LoginState | None) -> None:
+    """How the announced attempt ended. Where the journal cannot be written it is said before the next one: until then
+    the attempt counts as under way, and this process lives."""
+    member.unreported_login = (state,)
+    journal.end_login(member.name, state)
+    member.unreported_login = None
 
 
 def _announce(journal: Journal, member: Member, source: str, stamp: str, *, clear: bool, timeout: float) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from hagroup.config.model import MemberConfig
 from hagroup.core.calls import Handle
+from hagroup.core.records import LoginState
 from hagroup.core.states import Event, State, next_state
 from hagroup.engine.domain import DomainKeys
 from hagroup.members.api import Connection, MechanismInfo, TokenInfo
@@ -20,7 +21,18 @@ class Life:
     same number may name another key.
     """
 
-    __slots__ = ("connection", "handles", "keys", "logged_in", "manifest_high", "mechanisms", "token", "worker")
+    __slots__ = (
+        "began",
+        "connection",
+        "handles",
+        "keys",
+        "logged_in",
+        "manifest_high",
+        "mechanisms",
+        "started",
+        "token",
+        "worker",
+    )
 
     def __init__(
         self,
@@ -34,6 +46,10 @@ class Life:
         """Lock name by which others can prove this worker dead."""
         self.token = token
         self.mechanisms = mechanisms
+        self.started = 0.0
+        """Boot time before its module was initialised: it sees what was on the token then."""
+        self.began = 0
+        """Newest change number at that time."""
         self.logged_in = False
         self.keys: DomainKeys | None = None
         """The domain's two keys; None until logged in."""
@@ -71,10 +87,14 @@ class Member:
         """Boot time at which the supervisor last saw ``answers`` moved, or a connection or probe succeeded."""
         self.rests = 0
         """How often in a row a call's deadline passed although the probe that followed was answered."""
+        self.missed: dict[bytes, float] = {}
+        """UIDs that were not found, with the start of the life in which they were not (see ``Roster.look_again``)."""
         self.rest_until = 0.0
         """Boot time up to which it gets calls only where nobody else can serve them (while ``rests`` is not 0)."""
         self.busy = False
         """A background task (connect, probe, resync) is running for it."""
+        self.unreported_login: tuple[LoginState | None] | None = None
+        """Outcome of this process's last C_Login where the journal could not be told."""
         self.manifest_lock = threading.Lock()
         self.journal_behind: str | None = None
         """Why no change may be made: this member's manifest shows more than the journal knows (DESIGN.md 4.6)."""
@@ -87,6 +107,7 @@ class Member:
         self.failures = 0
         self.next_attempt = 0.0
         self.rests = 0
+        self.unreported_login = None
         self.manifest_lock = threading.Lock()
         if self.state is not State.QUARANTINED:
             self.state = State.JOINING
@@ -123,6 +144,13 @@ class Usable(Protocol):
 
     def missing(self, member: Member) -> None:
         """It is not there: have it repaired."""
+
+    def renew(self) -> bool:
+        """Read it again. True: it, or who has it, moved since it was read; raises Ckr where it is gone."""
+
+    @property
+    def changing(self) -> bool:
+        """Somebody is changing it just now: who has it will move."""
 
     def suspect_replica(self, member: Member) -> None:
         """Another member could use it, this one could not: have it proved."""

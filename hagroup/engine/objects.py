@@ -26,6 +26,8 @@ class Repairs(msgspec.Struct, frozen=True):
 
     missing: Callable[[Member, bytes], None]
     prove: Callable[[Member, bytes], None]
+    again: Callable[[bytes], ObjectView | None]
+    """The object as of now."""
 
 
 class TokenObject:
@@ -71,6 +73,19 @@ class TokenObject:
 
     def suspect_replica(self, member: Member) -> None:
         self._repairs.prove(member, self.uid)
+
+    def renew(self) -> bool:
+        view = self._repairs.again(self.uid)
+        if view is None:
+            raise Ckr(CKR.KEY_HANDLE_INVALID, "C_FindObjects")
+        moved = view.record is not self.record and view.record != self.record
+        moved = moved or view.members != self._members
+        self.record, self._members = view.record, view.members
+        return moved
+
+    @property
+    def changing(self) -> bool:
+        return self.record.intent is not None
 
 
 class SessionObject:
@@ -137,6 +152,13 @@ class SessionObject:
 
     def suspect_replica(self, member: Member) -> None:
         """Nothing to repair: it is in memory."""
+
+    def renew(self) -> bool:
+        return False
+
+    @property
+    def changing(self) -> bool:
+        return False
 
     def renew_after_fork(self) -> None:
         self._lock = threading.Lock()

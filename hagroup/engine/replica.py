@@ -23,6 +23,7 @@ from hagroup.core.calls import Ckr, DeadlinePassed, Handle, MemberGone, SessionI
 from hagroup.core.ckr import CKR
 from hagroup.core.numbers import CKA_VENDOR_DEFINED
 from hagroup.core.records import Fingerprint, Locator, ObjectRecord
+from hagroup.core.attributes import ANSWERED_ONLY
 from hagroup.core.templates import changed_on_member, install_template
 from hagroup.engine.domain import DomainKeys, IntegrityAlarm, open_envelope, open_private_data
 from hagroup.engine.proof import Proof, matches, prove
@@ -33,9 +34,11 @@ from hagroup.members.api import Connection
 
 __all__ = [
     "InventoryEntry",
+    "agrees",
     "apply_set",
     "cannot_replicate",
     "discard",
+    "has_fingerprint",
     "install",
     "install_session",
     "inventory",
@@ -48,6 +51,22 @@ __all__ = [
 _UNDISCLOSED = (CKO.PRIVATE_KEY, CKO.SECRET_KEY)
 _STATEFUL = {CKK.HSS: "HSS", CKK.XMSS: "XMSS", CKK.XMSSMT: "XMSSMT"}
 _DATES = (CKA.START_DATE, CKA.END_DATE)
+_CHANGEABLE = (
+    CKA.ENCRYPT,
+    CKA.DECRYPT,
+    CKA.SIGN,
+    CKA.SIGN_RECOVER,
+    CKA.VERIFY,
+    CKA.VERIFY_RECOVER,
+    CKA.WRAP,
+    CKA.UNWRAP,
+    CKA.DERIVE,
+    CKA.SENSITIVE,
+    CKA.EXTRACTABLE,
+    CKA.WRAP_WITH_TRUSTED,
+    CKA.SUBJECT,
+)
+"""What C_SetAttributeValue may change, beside the locator's label and id."""
 
 
 def cannot_replicate(
@@ -184,6 +203,20 @@ def _is_it(
 def is_this(connection: Connection, handle: Handle, record: ObjectRecord, *, timeout: float) -> bool:
     """Whether an object found by its locator is this one: nothing contradicts it."""
     return _is_it(connection, handle, record.object_class, record.fingerprint, timeout=timeout) is not False
+
+
+def has_fingerprint(connection: Connection, entry: InventoryEntry, fingerprint: Fingerprint, *, timeout: float) -> bool:
+    """Whether something found on a token has this very value; what cannot be compared has not."""
+    object_class = entry.locator.object_class
+    return _is_it(connection, entry.handle, object_class, fingerprint, timeout=timeout) is True
+
+
+def agrees(connection: Connection, handle: Handle, record: ObjectRecord, *, timeout: float) -> bool:
+    """Whether the object shows what can be changed of it as the record has it: a restored token has older values."""
+    numbers = [int(number) for number in _CHANGEABLE if number in record.attributes]
+    numbers = [number for number in numbers if number not in ANSWERED_ONLY and number not in record.answered_only]
+    values, _ = connection.get(handle, numbers, timeout=timeout)
+    return all(record.attributes[number] == value for number, value in values.items())
 
 
 def locate(

@@ -16,7 +16,7 @@ from hagroup.config.logging import get_logger
 from hagroup.core.attributes import CKA, pack_ulong
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle
 from hagroup.core.classify import Verdict, classify
-from hagroup.core.records import Fingerprint, Lease, Locator, ObjectRecord, OwedKind
+from hagroup.core.records import Fingerprint, Lease, Locator, ObjectRecord, OwedKind, OwedRow
 from hagroup.engine import manifest, replica
 from hagroup.engine.in_flight import InFlight
 from hagroup.engine.member import Life, Member
@@ -27,6 +27,7 @@ from hagroup.engine.twins import Occupied, destroyable, others_at
 from hagroup.engine.view import View
 from hagroup.errors import HAError, JournalUnavailable
 from hagroup.journal.api import Confirmation, Journal, LeaseLost, StaleMembership
+from hagroup.journal.mirror import Mirror
 
 log = get_logger(__name__)
 
@@ -54,11 +55,12 @@ _KNOWN_REFUSALS = (Verdict.APPLICATION, Verdict.CAPABILITY, Verdict.OVERLOAD)
 class Replicator:
     """Asks members for changes. Stateless but for what it is made of."""
 
-    def __init__(self, roster: Roster, view: View, journal: Journal) -> None:
+    def __init__(self, roster: Roster, view: View, journal: Journal, mirror: Mirror | None = None) -> None:
         self._roster = roster
         self._view = view
         self._journal = journal
-        self._mirrored = roster.config.journal.mirror is not None
+        self.mirror = mirror
+        self._mirrored = mirror is not None
         self.in_flight = InFlight()
         """Whoever claims rows says so here first, and ends it when :class:`Replicator` is done with them."""
 
@@ -68,6 +70,13 @@ class Replicator:
 
     def _revision(self) -> int:
         return self._view.group.membership_revision
+
+    def own_up(self, rows: Sequence[OwedRow]) -> None:
+        """Attempts that this process made and no thread of it waits for any more are in doubt (see ``in_flight``)."""
+        for row in rows:
+            for attempt in row.attempts:
+                if attempt.owner == self._journal.owner and attempt.doubt_since is None:
+                    self._journal.give_up([(row.member, row.uid)], doubt=True, kind=attempt.kind)
 
     # -- install -------------------------------------------------------------------------------------------
     def install(
@@ -108,7 +117,8 @@ class Replicator:
         rest = [(member.name, record.uid) for record in records[len(done) :]]
         if failed is not None:
             told = None if unknown or isinstance(failed, Occupied) else str(failed)
-            self._journal.give_up(rest, doubt=unknown, reason=told, kind=kind)
+            doubt = unknown and not self._answered(member, failed)
+            self._journal.give_up(rest, doubt=doubt, reason=told, kind=kind)
         confirmations = [
             Confirmation(
                 member=member.name,
@@ -134,15 +144,6 @@ class Replicator:
         """What is on the token of this object and may go: under any locator that it had, else (somebody may have
         changed label and id behind the group's back) wherever no other live object is."""
 
-        def claimed(locator: Locator) -> bool:
-            there = self._journal.search(
-                {
-                    CKA.CLASS: pack_ulong(locator.object_class),
-                    CKA.LABEL: locator.label,
-                }
-            )
-            return any(other.uid != record.uid and other.locator == locator for other in there)
-
         places = [record.locator, *locators]
         found = replica.locate(
             life.connection,
@@ -150,9 +151,23 @@ class Replicator:
             record.fingerprint,
             record.attributes,
             timeout=self._timeout,
-            claimed=claimed,
+            claimed=self._claimed_by_others(record.uid),
         )
         return self._destroyable(member, life, record.uid, places)(found)
+
+    def _claimed_by_others(self, uid: bytes) -> Callable[[Locator], bool]:
+        """Whether another live object is at a locator."""
+
+        def claimed(locator: Locator) -> bool:
+            there = self._journal.search(
+                {
+                    CKA.CLASS: pack_ulong(locator.object_class),
+                    CKA.LABEL: locator.label,
+                }
+            )
+            return any(other.uid != uid and other.locator == locator for other in there)
+
+        return claimed
 
     def _destroyable(
         self, member: Member, life: Life, uid: bytes, locators: Sequence[Locator]
@@ -181,6 +196,13 @@ class Replicator:
                 self._view.refresh(always=True)
             except LeaseLost:
                 return [False] * len(confirmations)
+
+    def _answered(self, member: Member, error: Exception) -> bool:
+        """Whether it is over, however it went: a module that works in this host has come back, and a handle that is no
+        handle was no handle. (A module that works elsewhere may return an error for what its HSM executes later.)"""
+        if not isinstance(error, Ckr):
+            return False
+        return member.config.local or classify(error.rv, member.config.errors) is Verdict.STALE_HANDLE
 
     def _is_unknown(self, member: Member, life: Life, error: Exception) -> bool:
         """Deal with the member; True when it cannot be told whether the change was made."""
@@ -274,8 +296,9 @@ class Replicator:
         except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
             unknown = self._is_unknown(member, life, error)
             reason = None if unknown else str(error)
-            self._journal.give_up([row], doubt=unknown, reason=reason, kind=OwedKind.SET)
-            if changed and not unknown:  # it has the new values without their record: made anew, whichever stays
+            doubt = unknown and not self._answered(member, error)
+            self._journal.give_up([row], doubt=doubt, reason=reason, kind=OwedKind.SET)
+            if (changed or unknown) and not doubt:  # it may have new values, or lack their record: to be made anew
                 self._journal.owe([(*row, OwedKind.INSTALL)])
             return Result(member.name, Outcome.UNKNOWN if unknown else Outcome.REFUSED, error)
         return Result(member.name, Outcome.CONFIRMED)
@@ -307,9 +330,13 @@ class Replicator:
         attributes: dict[int, bytes],
         change: int,
         *,
+        anywhere: bool = False,
         lease: Lease | None = None,
     ) -> Result:
-        """Remove the object wherever it may be on this member (row claimed and sent), and confirm."""
+        """Remove the object wherever it may be on this member (row claimed and sent), and confirm.
+
+        :param anywhere: if it is at none of the locators, look wherever no live object is: the token may be an old one.
+        """
         try:
             manifest.raise_high(self._view, member, life, change, timeout=self._timeout)
             life.handles.pop(uid, None)
@@ -320,6 +347,7 @@ class Replicator:
                 fingerprint,
                 attributes,
                 timeout=self._timeout,
+                claimed=self._claimed_by_others(uid) if anywhere else None,
                 choose=self._destroyable(member, life, uid, locators),
             )
         except Occupied as error:
@@ -328,7 +356,8 @@ class Replicator:
         except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
             unknown = self._is_unknown(member, life, error)
             reason = None if unknown else str(error)
-            self._journal.give_up([(member.name, uid)], doubt=unknown, reason=reason, kind=OwedKind.DESTROY)
+            doubt = unknown and not self._answered(member, error)
+            self._journal.give_up([(member.name, uid)], doubt=doubt, reason=reason, kind=OwedKind.DESTROY)
             return Result(member.name, Outcome.UNKNOWN if unknown else Outcome.REFUSED, error)
         if not self._confirm([Confirmation(member=member.name, uid=uid, kind=OwedKind.DESTROY)], lease)[0]:
             # The lease was lost: it is gone from there, but somebody else has to say so.
@@ -337,6 +366,27 @@ class Replicator:
         return Result(member.name, Outcome.CONFIRMED)
 
     # -- proof ---------------------------------------------------------------------------------------------
+    def lacks(self, member: Member, uid: bytes) -> bool:
+        """Whether the member should have the object, as of now, and does not have it (or has several)."""
+        self._view.refresh()
+        found = self._view.object(uid)
+        life = member.life
+        if found is None or life is None or member.name not in found.members:
+            return False
+        life.handles.pop(uid, None)
+        try:
+            handles = replica.locate(
+                life.connection,
+                [found.record.locator],
+                found.record.fingerprint,
+                found.record.attributes,
+                timeout=self._timeout,
+            )
+        except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
+            self._is_unknown(member, life, error)
+            return False
+        return len(handles) != 1
+
     def proves(self, member: Member, uid: bytes) -> bool:
         """Whether the member's object is the group's, whole (fingerprint and use). True where it cannot be told now."""
         found = self._view.object(uid)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
 
 from hagroup.config.logging import get_logger
 from hagroup.core.calls import Ckr
@@ -59,9 +61,9 @@ class Replication:
 
     def refuse_if_behind(self) -> None:
         """:raises JournalMismatch: some member has seen changes that this journal does not know (DESIGN.md 4.6)."""
-        for member in self._roster.members.values():
-            if member.journal_behind is not None:
-                raise JournalMismatch(f"nothing was changed: {member.journal_behind}")
+        why = self._roster.journal_behind()
+        if why is not None:
+            raise JournalMismatch(f"nothing was changed: {why}")
 
     def begin(
         self,
@@ -98,6 +100,22 @@ class Replication:
         """What ``begin`` began is over for this member."""
         self._group.replicator.in_flight.end((member.name, uid) for uid in uids)
 
+    def wait_for(self, futures: Mapping[Future[Any], tuple[Member, Life]]) -> None:
+        """Until each member has answered, or was found lost: what becomes of its call is dealt with where it runs."""
+        pending = dict(futures)
+        patience = self._group.config.timeouts.call
+        while pending:
+            done, _ = wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
+            if not done:  # somebody is slow or hangs: a probe tells which
+                for member, life in pending.values():
+                    self._roster.submit(self._roster.probe, member, life)
+                patience = self._group.config.timeouts.probe + 0.1
+            pending = {
+                future: (member, life)
+                for future, (member, life) in pending.items()
+                if future not in done and member.life is life
+            }
+
     def replicate(self, records: Sequence[ObjectRecord]) -> None:
         """Put new token objects on the members. Returns when they are live.
 
@@ -113,12 +131,21 @@ class Replication:
             lambda asking, revision: self._journal.begin_create(records, asking=asking, membership_revision=revision),
         )
         try:
+            # Two processes may have imported one certificate at once: the journal told them apart.
+            apart = [self._told_apart(record) for record in records]
+            if mirror is not None and apart != list(records):
+                mirror.put(apart)
+            records = apart
             futures = {self._roster.run(self._install, member, life, records): member for member, life in targets}
             self._gather(intent, futures)
         except BaseException:
             # Whatever came in between (the journal cannot be reached; Ctrl-C): it must not stay half-made.
             self._group.supervisor.unresolved(intent.id)
             raise
+
+    def _told_apart(self, record: ObjectRecord) -> ObjectRecord:
+        now = self._journal.object(record.uid)
+        return record if now is None else msgspec.structs.replace(record, member_id=now.member_id)
 
     def _install(self, member: Member, life: Life, records: Sequence[ObjectRecord]) -> Result:
         try:

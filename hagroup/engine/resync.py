@@ -6,17 +6,12 @@ cannot be trusted to be where its rows say (joining, restored, emptied) is taken
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
-
-import msgspec
 
 from hagroup.config.logging import get_logger
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.clock import Clock
 from hagroup.core.records import (
-    Intent,
-    IntentKind,
     Lease,
     Locator,
     Membership,
@@ -24,15 +19,18 @@ from hagroup.core.records import (
     ObjectState,
     OwedKind,
     OwedRow,
+    Tombstone,
 )
 from hagroup.core.states import Event, State
-from hagroup.engine import manifest, replica
+from hagroup.engine import ghosts, manifest, replica
 from hagroup.engine.member import Life, Member
+from hagroup.engine.recovery import Recovery
 from hagroup.engine.replicate import Outcome, Replicator, Result
 from hagroup.engine.roster import CONNECTION_LOST, Roster
+from hagroup.engine.token_contents import InventoryEntry
 from hagroup.engine.view import View
 from hagroup.errors import JournalMismatch
-from hagroup.journal.api import Journal, LeaseLost, NoLongerLive, StaleMembership
+from hagroup.journal.api import Journal, LeaseLost, StaleMembership
 
 log = get_logger(__name__)
 
@@ -54,10 +52,10 @@ class Resync:
         self._clock = clock
         self._later: dict[tuple[str, bytes], tuple[float, float]] = {}
         """Rows that did not go through: (boot time of the next try, the pause before it)."""
+        self._haunted: set[str] = set()
+        """Members on which calls may have been cut off inside a write."""
         self._in_flight = replicator.in_flight
-        self._unresolved: set[str] = set()
-        """Intents of this very process (adopted ones too) whose outcome is still to be found out."""
-        self._recovering = threading.Lock()
+        self._recovery = Recovery(roster, view, journal, replicator)
 
     @property
     def _timeout(self) -> float:
@@ -81,15 +79,8 @@ class Resync:
             rows.append(row)
         return rows
 
-    def _own_up(self, rows: Sequence[OwedRow]) -> None:
-        """Attempts that this process made and no thread of it waits for any more are in doubt (see ``in_flight``)."""
-        for row in rows:
-            for attempt in row.attempts:
-                if attempt.owner == self._journal.owner and attempt.doubt_since is None:
-                    self._journal.give_up([(row.member, row.uid)], doubt=True, kind=attempt.kind)
-
     def has_work(self, member: Member) -> bool:
-        return bool(self.due(member))
+        return member.name in self._haunted or bool(self.due(member))
 
     def _put_off(self, row: OwedRow) -> None:
         _, pause = self._later.get((row.member, row.uid), (0.0, 0.0))
@@ -103,7 +94,7 @@ class Resync:
         True: nothing that could be done now is left. False: another process does it, or the member failed.
         """
         life = member.life
-        if life is None or life.keys is None or self._behind():
+        if life is None or life.keys is None or self._roster.journal_behind() is not None:
             return False
         lease = self._journal.acquire_lease(f"resync/{member.name}", ttl=LEASE)
         if lease is None:
@@ -124,6 +115,7 @@ class Resync:
     def _under_lease(self, member: Member, life: Life, lease: Lease) -> bool:
         record = self._view.members[member.name]
         if record.membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
+            self._haunted.add(member.name)
             self.inventory(member, life)
         for _ in range(_ROUNDS):
             barrier = self._journal.barrier()
@@ -169,10 +161,15 @@ class Resync:
     def _backlog(self, member: Member, life: Life, lease: Lease) -> Lease:
         order = {OwedKind.DESTROY: 0, OwedKind.INSTALL: 1, OwedKind.SET: 2}
         rows = sorted(self.due(member), key=lambda row: (order[row.kind], row.change))
-        self._own_up(rows)
+        self._replicator.own_up(rows)
+        if any(self._over(member, row) for row in rows):
+            self._haunted.add(member.name)
+        if member.name in self._haunted and ghosts.sweep(
+            life.connection, self._journal, member.name, timeout=self._timeout
+        ):
+            self._haunted.discard(member.name)
         for start in range(0, len(rows), BATCH):
-            batch = [(row.member, row.uid) for row in rows[start : start + BATCH]]
-            self._in_flight.begin(batch)
+            batch = self._in_flight.take((row.member, row.uid) for row in rows[start : start + BATCH])
             try:
                 lease = self._batch(member, life, batch, lease)
             except StaleMembership:
@@ -247,8 +244,18 @@ class Resync:
             self._journal.give_up([(row.member, row.uid)], doubt=False, kind=row.kind)
             return Result(member.name, Outcome.CONFIRMED)
         locators: tuple[Locator, ...] = (*row.locators, *tombstone.locators)
+        if self._replicator.mirror is not None:  # its destroyer may have died before that
+            self._replicator.mirror.drop(row.uid)
         return self._replicator.destroy(
-            member, life, row.uid, locators, tombstone.fingerprint, {}, tombstone.change, lease=lease
+            member,
+            life,
+            row.uid,
+            locators,
+            tombstone.fingerprint,
+            {},
+            tombstone.change,
+            anywhere=self._view.members[member.name].membership is not Membership.ADMITTED,
+            lease=lease,
         )
 
     def _over(self, member: Member, row: OwedRow) -> list[int]:
@@ -281,20 +288,33 @@ class Resync:
                     rows.append((member.name, record.uid, OwedKind.INSTALL))
             elif record.state is ObjectState.LIVE and not self._has_it(life, record, there):
                 rows.append((member.name, record.uid, OwedKind.INSTALL))
+        live = {record.locator for record in self._journal.objects()}
+        strangers = [entry for entry in entries if not (entry.own or entry.ghost or entry.locator in live)]
         for tombstone in self._journal.tombstones():
             if tombstone.uid in owed:
                 continue
-            if any(locator in by_locator for locator in tombstone.locators):
+            if any(locator in by_locator for locator in tombstone.locators) or self._was_called_otherwise(
+                life, tombstone, strangers
+            ):
                 rows.append((member.name, tombstone.uid, OwedKind.DESTROY))
         for start in range(0, len(rows), 500):
             self._journal.owe(rows[start : start + 500], reason=None)
         log.info("member.inventory", member=member.name, objects=len(entries), owed=len(rows))
 
+    def _was_called_otherwise(self, life: Life, tombstone: Tombstone, strangers: Sequence[InventoryEntry]) -> bool:
+        """A restored token may hold an object that was destroyed since, under a label or id that it had before."""
+        kinds = {(locator.object_class, locator.key_type) for locator in tombstone.locators}
+        return any(
+            replica.has_fingerprint(life.connection, entry, tombstone.fingerprint, timeout=self._timeout)
+            for entry in strangers
+            if (entry.object_class, entry.key_type) in kinds
+        )
+
     def _has_it(self, life: Life, record: ObjectRecord, handles: Iterable[int]) -> bool:
         matching = [
             handle for handle in handles if replica.is_this(life.connection, handle, record, timeout=self._timeout)
         ]
-        return len(matching) == 1
+        return len(matching) == 1 and replica.agrees(life.connection, matching[0], record, timeout=self._timeout)
 
     def we_are_current(self, member: Member) -> bool:
         """Whether the manifests of that member and of one other show that this journal is not the stale one (4.4)."""
@@ -314,104 +334,11 @@ class Resync:
 
     # -- intents of the dead -------------------------------------------------------------------------------
     def unresolved(self, intent: str) -> None:
-        self._unresolved.add(intent)
+        self._recovery.unresolved(intent)
 
-    def recover_intents(self) -> None:
-        """Finish or undo what processes left that died in the middle."""
-        if self._behind():
-            return
-        with self._recovering:
-            intents = self._journal.intents()
-            self._unresolved &= {intent.id for intent in intents}
-            for intent in intents:
-                own = intent.owner == self._journal.owner
-                if own and intent.id not in self._unresolved:
-                    continue  # its thread is at work
-                if not own:
-                    if self._journal.owner_alive(intent.owner):
-                        continue
-                    adopted = self._journal.adopt_intent(intent.id)
-                    if adopted is None:
-                        continue
-                    intent = adopted
-                    self._unresolved.add(intent.id)
-                try:
-                    self._recover(intent)
-                except StaleMembership:
-                    self._view.refresh(always=True)  # next time
-
-    def _recover(self, intent: Intent) -> None:
-        recovered = self._recover_create(intent) if intent.kind is IntentKind.CREATE else self._recover_set(intent)
-        if recovered:
-            self._unresolved.discard(intent.id)
-            log.info("intent.recovered", kind=intent.kind.value, intent=intent.id)
-
-    def _behind(self) -> bool:
-        """Some member has seen more than this journal knows: it decides nothing any more (DESIGN.md 4.6)."""
-        return any(member.journal_behind is not None for member in self._roster.members.values())
-
-    def _recover_create(self, intent: Intent) -> bool:
-        serving = [member.name for member in self._roster.serving()]
-        needed = max(1, min(self._roster.config.group.min_replicas, len(serving)))
-        try:
-            if not self._journal.go_live(intent.id, needed=needed, serving=serving):
-                self._journal.abandon_create(intent.id)
-        except NoLongerLive:
-            pass
-        return True
-
-    def _recover_set(self, intent: Intent) -> bool:
-        old = self._journal.object(intent.uids[0])
-        if old is None or intent.new_attributes is None:
-            return True
-        after = msgspec.structs.replace(
-            old,
-            revision=old.revision + 1,
-            attributes={**old.attributes, **intent.new_attributes},
-            envelope=intent.new_envelope,
-        )
-        rows = [(member.name, old.uid) for member in self._roster.serving()]
-        self._in_flight.begin(rows)
-        try:
-            answers = self._ask_for_set(intent, old, after)
-            accepted = [(member, life) for member, life, result in answers if result.outcome is Outcome.CONFIRMED]
-            if accepted:
-                try:
-                    self._journal.commit_set(intent.id)
-                finally:
-                    for member, life in accepted:
-                        self._replicator.confirm_set(member, life, old, after)
-            elif answers and all(result.outcome is Outcome.REFUSED for _, _, result in answers):
-                self._journal.rollback_set(intent.id)
-            else:
-                return False  # nobody could be asked, or nobody could tell: later
-        except NoLongerLive:
-            pass
-        finally:
-            self._in_flight.end(rows)
-        return True
-
-    def _ask_for_set(
-        self, intent: Intent, old: ObjectRecord, after: ObjectRecord
-    ) -> list[tuple[Member, Life, Result]]:
-        answers = []
-        _, owed = self._journal.placement(old.uid)
-        for member in self._roster.serving():
-            life, row = member.life, owed.get(member.name)
-            if life is None or life.keys is None or row is None or row.kind is not OwedKind.SET:
-                continue  # one that lacks the object is given it first
-            self._own_up([row])
-            claimed = self._journal.claim(
-                [(member.name, old.uid)],
-                worker=life.worker,
-                membership_revision=self._view.group.membership_revision,
-                locators=[old.locator, after.locator],
-            )
-            if claimed and claimed[0].kind is OwedKind.SET:
-                answers.append((member, life, self._replicator.set(member, life, old, after, intent.change)))
-            elif claimed:
-                self._journal.give_up([(member.name, old.uid)], doubt=False, kind=claimed[0].kind)
-        return answers
+    def recover_intents(self) -> bool:
+        """True: some were brought to an end, and members may owe something by that."""
+        return self._recovery.recover_intents()
 
     # -- for commands --------------------------------------------------------------------------------------
     def states(self) -> dict[str, State]:

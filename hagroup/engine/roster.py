@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -121,7 +121,20 @@ class Roster:
         self._moved = -1
         self._here = threading.local()
         self._closed = False
+        view.dropped = self._forget_handles
         self.follow_journal()
+
+    def _forget_handles(self, uids: Collection[bytes] | None) -> None:
+        """What moved in the journal may have been made anew on a member: its handle there may be another key's."""
+        for member in self.members.values():
+            life = member.life
+            if life is None:
+                continue
+            if uids is None:
+                life.handles.clear()
+                continue
+            for uid in uids:
+                life.handles.pop(uid, None)
 
     # -- membership as the journal has it ------------------------------------------------------------------
     def follow_journal(self) -> None:
@@ -182,6 +195,10 @@ class Roster:
             member.happened(Event.NOT_ADMITTED)
         elif member.state is State.RESYNCING:
             member.happened(Event.ADMITTED)
+
+    def journal_behind(self) -> str | None:
+        """Why this journal must decide nothing any more: some member has seen more than it knows (DESIGN.md 4.6)."""
+        return next((one.journal_behind for one in self.members.values() if one.journal_behind is not None), None)
 
     # -- choosing ------------------------------------------------------------------------------------------
     def stay(self, objects: Sequence[Usable]) -> Member | None:

@@ -14,6 +14,7 @@ from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.records import MemberRecord, Membership, OwedKind
 from hagroup.engine.login import pin_trouble
 from hagroup.engine.roster import CONNECTION_LOST, open_life
+from hagroup.engine.verify import UNMANAGED_COUNTED
 from hagroup.errors import HAError
 from hagroup.journal.api import Journal
 from hagroup.members import ModuleProblem
@@ -33,7 +34,7 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Objects whose attributes it has to be brought up to."""
     pending_deletes: int
     unmanaged: int | None
-    """Objects on its token that the group does not know; None: not counted (that takes a login: ``sync``)."""
+    """Objects on its token that the group does not know, as counted last; None: not counted lately (that takes a login: ``verify``)."""
     since: str
     """When ``state`` last changed, as far as the journal knows (RFC 3339)."""
     reason: str | None
@@ -127,10 +128,18 @@ def _member(record: MemberRecord, journal: Journal, unreachable: str | None) -> 
         missing=owed[OwedKind.INSTALL],
         stale=owed[OwedKind.SET],
         pending_deletes=owed[OwedKind.DESTROY],
-        unmanaged=None,
+        unmanaged=_unmanaged(journal, record.name),
         since=datetime.fromtimestamp(record.since, UTC).isoformat(timespec="seconds"),
         reason=reason or (refusals[0] if refusals else None),
     )
+
+
+def _unmanaged(journal: Journal, name: str) -> int | None:
+    """As ``verify`` counted it last, if that is among the newest events."""
+    for event in reversed(journal.events(limit=500)):
+        if event.kind == UNMANAGED_COUNTED and event.member == name:
+            return int(event.data.get("unmanaged", "0"))
+    return None
 
 
 def _group_state(members: list[MemberStatus]) -> str:

@@ -115,8 +115,8 @@ class Supervisor:
         for member in list(self._roster.members.values()):
             if member.state in (State.RESYNCING, State.IN_SERVICE) and not member.busy and self._ready(member):
                 self._resync(member)
-        if self._any_keys():
-            self.resync.recover_intents()
+        if self._any_keys() and self.resync.recover_intents():
+            self.wake()  # members may owe something by it
 
     def _heed_observations(self) -> None:
         """Others saw a member fail: look for ourselves. Never more than that: their own workers may be the broken part
@@ -208,11 +208,15 @@ class Supervisor:
     # -- reports from operations ---------------------------------------------------------------------------
     def report_missing(self, member: Member, uid: bytes) -> None:
         """An object that the journal has on ``member`` was not found there: repair it in the background."""
-        self._roster.submit(self._repair, member, uid)
+        self._roster.submit(self._look_for, member, uid)
 
     def report_doubtful(self, member: Member, uid: bytes) -> None:
         """Another member can use an object that this one cannot: prove it there."""
         self._roster.submit(self._prove, member, uid)
+
+    def _look_for(self, member: Member, uid: bytes) -> None:
+        if self._replicator.lacks(member, uid):
+            self._repair(member, uid)
 
     def _repair(self, member: Member, uid: bytes) -> None:
         if self.resync.we_are_current(member):

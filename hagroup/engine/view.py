@@ -7,6 +7,7 @@ that a key deleted by one process is refused by all others (DESIGN.md 4.5).
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Collection
 
 import msgspec
 
@@ -31,6 +32,9 @@ class View:
         self._lock = threading.Lock()
         self._objects: dict[bytes, ObjectView | None] = {}
         self._seen = journal.view_number()
+        self.dropped: Callable[[Collection[bytes] | None], None] = lambda uids: None
+        """Called with the UIDs of what moved (None: everything), before anybody sees the new view: whoever keeps
+        handles drops theirs, so that a handle number given away again never names another key."""
         self.moved = 0
         """Grows each time the members or the group record were read anew."""
         self.group: GroupRecord
@@ -61,6 +65,7 @@ class View:
                     self._objects.clear()
                 for uid in changes.uids:
                     self._objects.pop(uid, None)
+                self.dropped(None if changes.everything else changes.uids)
                 if changes.members or changes.everything:
                     self._load_members()
             except JournalUnavailable:

@@ -109,11 +109,13 @@ class GroupLibrary:
     # -- slots and tokens ----------------------------------------------------------------------------------
     @raises_pkcs11
     def get_slots(self, token_present: bool = False) -> list[Slot]:
-        """The virtual slot, then the members if the configuration says ``ha_only = false``."""
+        """The virtual slot, then the members if the configuration says ``ha_only = false``. A member's slot number is
+        its place in the file, whoever is connected."""
         group = self.group
         slots: list[Slot] = [Slot(self, VIRTUAL_SLOT, f"HA group {group.label}")]
         for place, member in enumerate(group.member_slots(), VIRTUAL_SLOT + 1):
-            slots.append(MemberSlot(self, place, member))
+            if member.token is not None or not token_present:
+                slots.append(MemberSlot(self, place, member))
         return slots
 
     def get_tokens(

@@ -193,7 +193,14 @@ class MemberSlot(Slot):
         super().__init__(library, slot_id, f"member {member.name}")
         self._member = member
 
+    @property
+    def flags(self) -> SlotFlag:  # type: ignore[override]
+        return SlotFlag(0) if self._member.token is None else SlotFlag.TOKEN_PRESENT
+
+    @raises_pkcs11
     def get_token(self) -> Token:
+        if self._member.token is None:
+            raise Ckr(CKR.TOKEN_NOT_PRESENT, "C_GetTokenInfo")
         return Token(self, self._member.token)
 
     def _mechanisms(self) -> Mapping[int, MechanismInfo]:

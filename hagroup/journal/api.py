@@ -154,7 +154,9 @@ class Journal(Protocol):
     ) -> Intent:
         """Record ``creating`` objects (a pair is one intent) and an owed ``install`` row for **every** listed member
         (joining, out-of-sync and quarantined ones too: they stay owed); rows of ``asking`` members are claimed by this
-        owner and marked sent. Raises :class:`StaleMembership`; ValueError for a UID that was ever used."""
+        owner and marked sent. Where a live or creating object has the very fingerprint and locator of one, its
+        ``member_id`` is its UID from then on: read the records again before asking members.
+        Raises :class:`StaleMembership`; ValueError for a UID that was ever used."""
         ...
 
     def go_live(self, intent: str, *, needed: int, serving: Collection[str]) -> bool:

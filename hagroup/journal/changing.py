@@ -38,6 +38,8 @@ class Changing(Opened):
                 if t.tombstone(record.uid) is not None or t.object(record.uid) is not None:
                     raise ValueError(f"the UID {record.uid.hex()} names another object, for ever")
                 made = replace(record, state=ObjectState.CREATING, intent=intent.id, change=t.change)
+                if t.one("SELECT 1 FROM objects WHERE twin = ?", rows.twin_digest(made.fingerprint, made.locator)):
+                    made = replace(made, member_id=made.uid)  # nothing else would separate them on a member
                 t.sql.execute(f"INSERT INTO objects ({rows.OBJECT_WRITTEN}) VALUES ({marks})", rows.from_object(made))
                 for name in names:
                     row = rules.new_row(
@@ -46,7 +48,7 @@ class Changing(Opened):
                         OwedKind.INSTALL,
                         t.change,
                         revision=record.revision,
-                        locators=(record.locator,),
+                        locators=(made.locator,),
                     )
                     owed.append(rules.asked(row, t.asker(asked[name])) if name in asked else row)
             t.head.creating += len(uids)

@@ -41,8 +41,12 @@ from hagroup.journal.clock import SystemClock
 from hagroup.watchdog.heartbeat import Beat, Heart, look, look_offline
 from hagroup.watchdog.memory import recall, remember
 from hagroup.watchdog.telling import Teller
+from hagroup.watchdog.verify import Verified, Verifier
 
 log = get_logger(__name__)
+
+_DELIVERY = 0.1
+"""Seconds between looks at what hook and webhook took."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +70,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     events: tuple[WatchEvent, ...] = ()
     """The latest ones, newest last."""
     intents: int = 0
+    verified: Verified = Verified()
 
 
 class GroupWatch:
@@ -90,6 +95,7 @@ class GroupWatch:
         self._lease: Lease | None = None
         self._engine: GroupEngine | None = None
         self._heart: Heart | None = None
+        self._verifier: Verifier | None = None
         self._told = Told()
         self._unwritten = False
         """``_told`` is newer than what the journal has."""
@@ -112,11 +118,20 @@ class GroupWatch:
     def run(self) -> None:
         """Until :meth:`stop`."""
         while not self._stopping:
-            begun = time.monotonic()
+            due = time.monotonic() + self.config.watchdog.interval
             self.step()
-            self._wake.wait(max(0.0, self.config.watchdog.interval - (time.monotonic() - begun)))
-            self._wake.clear()
+            self._wait(due)
         self._end()
+
+    def _wait(self, due: float) -> None:
+        """Until the next heartbeat; meanwhile what hook and webhook took is written down."""
+        while (left := due - time.monotonic()) > 0:
+            waiting = self._engine is not None and bool(self._told.undelivered)
+            if self._wake.wait(min(left, _DELIVERY) if waiting else left):
+                self._wake.clear()
+                return
+            if waiting:
+                self._confirm_deliveries()
 
     def step(self) -> None:
         """One round. What goes wrong is said once and tried again in the next one."""
@@ -211,6 +226,7 @@ class GroupWatch:
         for event in self._told.undelivered:  # the one before may not have come to it
             self._teller.tell(event)
         engine.roster.wait_for_change(self._ttl / 2, lambda: not engine.roster.may_come())
+        self._verifier = Verifier(engine, section.verify_rate)
         without = [member.name for member in self.config.members if member.pin is None]
         log.info(
             "watchdog.watching",
@@ -222,8 +238,10 @@ class GroupWatch:
         )
 
     def _drop_engine(self) -> None:
-        engine, heart = self._engine, self._heart
-        self._engine = self._heart = None
+        engine, heart, verifier = self._engine, self._heart, self._verifier
+        self._engine = self._heart = self._verifier = None
+        if verifier is not None:
+            verifier.stop()
         if heart is not None:
             heart.stop()
         if engine is not None:
@@ -292,6 +310,16 @@ class GroupWatch:
         except JournalUnavailable as error:
             log.warning("journal.unavailable", error=str(error))
 
+    def _confirm_deliveries(self) -> None:
+        """Write down what was delivered: a successor tells the rest once more (with the same ids)."""
+        waiting = self._teller.undelivered()
+        left = tuple(event for event in self._told.undelivered if event.id in waiting)
+        if left == self._told.undelivered or self._lease is None or self.clock.boot() >= self._lease.expires:
+            return
+        self._told = msgspec.structs.replace(self._told, undelivered=left)
+        self._unwritten = True
+        self._write([])
+
     # -- what page and metrics show ------------------------------------------------------------------------
     def _describe(self, engine: GroupEngine, sight: Sight, beats: dict[str, Beat]) -> Report:
         now = self.clock.boot()
@@ -326,6 +354,7 @@ class GroupWatch:
             time=self.clock.wall(),
             events=tuple(self._events),
             intents=intents,
+            verified=before.verified if self._verifier is None else self._verifier.so_far,
         )
 
     def _failed(self, name: str) -> bool:
@@ -338,15 +367,14 @@ class GroupWatch:
 
     # -- the end -------------------------------------------------------------------------------------------
     def _end(self) -> None:
-        """The lease first, so that another one takes over at once."""
+        """The lease before the engine, so that another one takes over at once."""
+        self._teller.stop(1.0)
         if self._journal is not None and self._lease is not None:
             try:
-                if self._unwritten:
-                    self._write([])
+                self._confirm_deliveries()
                 self._journal.release_lease(self._lease)
             except HAError as error:
                 log.warning("watchdog.lease-not-released", reason=str(error))
-        self._teller.stop(1.0)
         self._drop_engine()
         if self._journal is not None:
             self._journal.close()

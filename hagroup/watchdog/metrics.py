@@ -59,6 +59,14 @@ def _group_gauges(reports: list[Report]) -> Iterator[Metric]:
         group,
         [([r.label], r.time) for r, _ in known],
     )
+    yield _gauge(
+        "last_verify_timestamp_seconds",
+        "when all replicas had been proved; 0: not since this watchdog began",
+        group,
+        [([r.label], r.verified.finished or 0.0) for r, _ in known],
+    )
+    yield _gauge("replicas_proved", "by this watchdog", group, [([r.label], r.verified.proved) for r, _ in known])
+    yield _gauge("replicas_wrong", "found by this watchdog", group, [([r.label], r.verified.wrong) for r, _ in known])
 
 
 def _member_gauges(reports: list[Report]) -> Iterator[Metric]:

@@ -14,6 +14,7 @@ from hagroup import KeyType, Mechanism
 from hagroup.core.calls import Template
 from hagroup.engine.challenge import DomainMember
 from hagroup.engine.joining import import_domain
+from hagroup.journal import open_journal
 from tests.integration.replica_support import connect
 from tests.support import plain
 from tests.support.faulty import Load, engine
@@ -90,16 +91,7 @@ def test_members_come_and_go_under_a_running_application(new_group: Callable[...
     assert [one["name"] for one in listed] == ["hsm1", "hsm2"]
 
 
-@pytest.fixture
-def known_secrets(new_group: Callable[..., GroupFixture]) -> tuple[GroupFixture, bytes, bytes, tuple[bytes, bytes]]:
-    """A group, and a domain of which the test knows the secrets: another one than the group's own."""
-    group = new_group(members=1)
-    return group, b"D" * 32, b"P" * 32, (b"d" * 16, b"p" * 16)
-
-
 def _domain_ids(group: GroupFixture) -> tuple[bytes, bytes]:
-    from hagroup.journal import open_journal
-
     journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
     try:
         return journal.group().domain_key_id, journal.group().partition_key_id
@@ -168,24 +160,29 @@ def test_refused_without_trace(group: GroupFixture) -> None:
     assert group.admin("status").returncode == 0
 
 
-def test_the_last_member_cannot_leave(new_group: Callable[..., GroupFixture]) -> None:
+def test_the_last_members_cannot_leave(new_group: Callable[..., GroupFixture]) -> None:
     group = new_group(members=1)
     for command in (["drain", "hsm1"], ["remove", "hsm1", "--yes"]):
         done = group.admin("member", *command)
         assert done.returncode == 2
         assert "nothing was changed" in done.stderr
-    assert group.admin("status").returncode == 0
     unknown = group.admin("member", "drain", "hsm9")
     assert unknown.returncode == 2
     assert "hsm1" in unknown.stderr
+    assert group.admin("status").returncode == 0
 
 
-def test_removed_while_away_is_left_to_do(new_group: Callable[..., GroupFixture]) -> None:
-    group = new_group(members=2)
+def test_removed_while_away_is_left_to_do(group: GroupFixture) -> None:
     run_client(group, "session.generate_key(KeyType.AES, 256, store=True, label='key')\n")
-    group.take_away("hsm2")
-    done = group.admin("member", "remove", "hsm2", "--yes")
+    group.take_away("hsm3")
+    done = group.admin("member", "remove", "hsm3", "--yes")
     assert done.returncode == 1, done.stderr
     assert "NOT destroyed" in done.stdout
-    assert names(group) == ["hsm1"]
+    assert names(group) == ["hsm1", "hsm2"]
+    refused = group.admin("member", "remove", "hsm2", "--yes")
+    assert refused.returncode == 2
+    assert "min_replicas" in refused.stderr
     assert group.admin("status").returncode == 0
+    todo = group.admin("journal", "todo")
+    assert todo.returncode == 1
+    assert "hsm3" in todo.stdout

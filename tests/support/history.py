@@ -44,8 +44,9 @@ class Thing:
     kind: int
     state: str = "live"  # live | gone | maybe (a destroy whose outcome is not known)
     secret: bytes | None = None
-    damaged: bool = False
     mechanism: int | None = None
+    changes: int = 0
+    """How often somebody changed it, or tried to."""
 
 
 @dataclass
@@ -146,10 +147,12 @@ class History:
             return
         self.number += 1
         new = b"%d.%d" % (thing.number, self.number)
+        before, changes = thing.state, thing.changes
+        thing.changes += 1
         outcome, answer = self.call(client, lambda one: one.ready().set(thing.uid, [(int(CKA.LABEL), new)]))
         if outcome == "done":
-            self._was_there(thing, "an attribute was set")
-            thing.labels = {new}
+            self._was_there(thing, before, "an attribute was set")
+            thing.labels = {new} if thing.changes == changes + 1 else {*thing.labels, new}
         elif outcome == "refused":
             self._refusal(thing, answer)
         else:
@@ -159,17 +162,20 @@ class History:
         thing = self._thing(which)
         if thing is None:
             return
+        before = thing.state
+        thing.changes += 1
         outcome, answer = self.call(client, lambda one: one.ready().destroy(thing.uid))
         if outcome == "done":
-            self._was_there(thing, "an object was destroyed")
+            self._was_there(thing, before, "an object was destroyed")
             thing.state = "gone"
         elif outcome == "refused":
             self._refusal(thing, answer)
         elif thing.state == "live":
             thing.state = "maybe"
 
-    def _was_there(self, thing: Thing, what: str) -> None:
-        if thing.state == "gone":
+    def _was_there(self, thing: Thing, before: str, what: str) -> None:
+        """:param before: its state when the call began: what happened meanwhile may count as later."""
+        if before == "gone":
             raise Broken(f"{what} that had been destroyed: {thing}")
 
     def _refusal(self, thing: Thing, error: Exception | None) -> None:
@@ -184,13 +190,13 @@ class History:
         if not things:
             return
         thing = things[which % len(things)]
-        calm = self._calm(thing)
+        calm, before = self._calm(thing), thing.state
         outcome, answer = self.call(client, lambda one: one.ready().sign((thing.mechanism or 0, None), thing.uid, b"x"))
         if outcome != "done":
             if outcome == "refused" and calm and self._connected(client):
                 raise Broken(f"nothing is wrong, and {thing} cannot be used: {answer!r}")
             return
-        self._was_there(thing, "a key was used")
+        self._was_there(thing, before, "a key was used")
         if thing.secret is not None:
             key = SimObject(0, {}, thing.secret, None)
             if signature(key, thing.mechanism or 0, b"x") != answer:
@@ -344,6 +350,7 @@ class History:
         live = {uid: record for uid, record in records.items() if record.state is ObjectState.LIVE}
         self._settle_unknown(records, live)
         known = {thing.uid: thing for thing in self.things}
+        changing = {uid for intent in self.simulation.journal.intents() for uid in intent.uids}
         for uid, record in live.items():
             thing = known.get(uid)
             if thing is None:
@@ -352,7 +359,8 @@ class History:
                 raise Broken(f"a destroyed object is back: {thing}")
             if record.attributes[CKA.LABEL] not in thing.labels:
                 raise Broken(f"{thing} is called {record.attributes[CKA.LABEL]!r}")
-            thing.damaged = False
+            if uid not in changing:
+                thing.labels = {record.attributes[CKA.LABEL]}
         for thing in self.things:
             if thing.state == "live" and thing.uid not in live:
                 raise Broken(f"an acknowledged object is lost: {thing}")
@@ -372,9 +380,7 @@ class History:
                 self.unknown.remove(one)
             for record in there:
                 mechanism = {CKO.SECRET_KEY: CKM_AES_CMAC}.get(CKO(record.object_class))
-                self.things.append(
-                    Thing(record.uid, one.number, {one.label}, record.object_class, mechanism=mechanism)
-                )
+                self.things.append(Thing(record.uid, one.number, {one.label}, record.object_class, mechanism=mechanism))
 
     def _check_pins(self) -> None:
         for name, member in self.simulation.members.items():
@@ -433,7 +439,7 @@ class History:
 
     # -- the end -----------------------------------------------------------------------------------------------
     def heal(self) -> None:
-        """Nothing is wrong any more, and people have done what they are asked to."""
+        """Nothing is wrong any more; calls that may still be late are executed."""
         simulation = self.simulation
         simulation.faults.clear()
         for client in self.clients:
@@ -447,11 +453,16 @@ class History:
                 else:
                     member.late.pop(0)
             member.late.clear()
-            member.down = member.hung = member.token.full = member.token.count_low = False
-            if member.token.pin != PIN:
-                member.token.pin = PIN
+            member.down = member.hung = member.token.full = False
+
+    def people(self) -> None:
+        """They look at the status, and do what it says."""
+        simulation = self.simulation
+        for member in simulation.members.values():
+            if member.token.pin != PIN or member.token.count_low:
+                member.token.pin, member.token.count_low = PIN, False
                 self.pin_refusals[member.name] = len(member.token.refused)
-                simulation.journal.forget_login(member.name)
+            simulation.journal.forget_login(member.name)
         for record in simulation.journal.members():
             if record.membership is Membership.QUARANTINED:
                 simulation.journal.update_member(record.name, membership=Membership.OUT_OF_SYNC, reason="resumed")
@@ -465,6 +476,8 @@ class History:
             self.client(client)
         simulation = self.simulation
         for round_ in range(QUIET_ROUNDS):
+            if round_ < 5:
+                self.people()
             for number in range(len(self.clients)):
                 self.tick(number, 0, 0)
             self.check()
@@ -495,7 +508,9 @@ class History:
         lines += [f"  {member.name} {member.membership.value} {member.reason}" for member in journal.members()]
         for client in self.clients:
             if client is not None:
-                lines += [f"  {client.name}: {m.name} {m.state} {m.reason}" for m in client.engine.roster.members.values()]
+                lines += [
+                    f"  {client.name}: {m.name} {m.state} {m.reason}" for m in client.engine.roster.members.values()
+                ]
         return "\n".join(lines)
 
     def _check_tokens(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,23 @@ def add(group: GroupFixture, name: str, token: TokenFixture, *options: str) -> A
     if done.returncode == 0:
         group.reload()
     return done
+
+
+def tamper(member: dict[str, Any], program: str) -> str:
+    """Run a program with plain python-pkcs11 on one member's token, behind the group's back."""
+    prologue = (
+        "import pkcs11\nfrom pkcs11 import Attribute, KeyType, Mechanism, ObjectClass\n"
+        f"token = pkcs11.lib({member['module']!r}).get_token(token_serial={member['serial'].encode()!r})\n"
+        f"session = token.open(rw=True, user_pin={PIN!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=prologue + program,
+        env=os.environ | member["env"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

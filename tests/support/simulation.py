@@ -39,9 +39,35 @@ from tests.support.simulated import Fate, SimConnection, SimMember, SimObject
 PIN = b"1234"
 LATE_WINDOW = 600.0
 _WRITES = frozenset(
-    "begin_create go_live abandon_create begin_set commit_set rollback_set destroy claim confirm undone give_up owe "
-    "clear_doubt resolve_attempts update_member set_member_facts admit manifest_confirmed acquire_lease renew_lease "
-    "release_lease adopt_intent observe begin_login end_login forget_login event".split()
+    [
+        "begin_create",
+        "go_live",
+        "abandon_create",
+        "begin_set",
+        "commit_set",
+        "rollback_set",
+        "destroy",
+        "claim",
+        "confirm",
+        "undone",
+        "give_up",
+        "owe",
+        "clear_doubt",
+        "resolve_attempts",
+        "update_member",
+        "set_member_facts",
+        "admit",
+        "manifest_confirmed",
+        "acquire_lease",
+        "renew_lease",
+        "release_lease",
+        "adopt_intent",
+        "observe",
+        "begin_login",
+        "end_login",
+        "forget_login",
+        "event",
+    ]
 )
 
 
@@ -138,7 +164,11 @@ class Client:
 
     def start(self) -> None:
         self.engine = GroupEngine(
-            self.simulation.config, self.journal, self.simulation.clock, workers=AtOnce, supervised=False  # type: ignore[arg-type]
+            self.simulation.config,
+            self.journal,
+            self.simulation.clock,
+            workers=AtOnce,
+            supervised=False,  # type: ignore[arg-type]
         )
         self.engine.roster.changed = _Changed(self)
         self.background()
@@ -281,9 +311,7 @@ class Simulation:
         for client in list(self.owners.values()):
             client.bury()
 
-    def _open(
-        self, settings: ConnectionSettings, *, generation: int, isolation: str, timeout: float
-    ) -> SimConnection:
+    def _open(self, settings: ConnectionSettings, *, generation: int, isolation: str, timeout: float) -> SimConnection:
         owner = Path(settings.lock_file or "").name.partition("-")[0]
         self.owners[owner].interact(f"{settings.name} start", False)
         member = self.members[settings.name]

@@ -1,0 +1,209 @@
+"""``ha-admin journal …``: what happened, and what is still to be done."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Annotated
+
+import msgspec
+import typer
+
+from hagroup.admin import commands
+from hagroup.admin.options import DEGRADED, USAGE, Json, chosen_config, fail, print_json, say
+from hagroup.admin.show import table
+from hagroup.config.load import load
+from hagroup.core.records import Event
+from hagroup.engine import consistency, outstanding
+from hagroup.errors import ConfigurationError
+from hagroup.journal import Journal
+
+journal_app = typer.Typer(help="The journal: what happened, and what is still to be done.", no_args_is_help=True)
+
+_EVERYTHING = 2**31
+_PAUSE = 0.5
+"""Seconds between looks of ``journal tail --follow``."""
+
+Member = Annotated[str | None, typer.Option("--member", metavar="NAME", help="only events of this member")]
+Kind = Annotated[str | None, typer.Option("--event", metavar="TEXT", help="only kinds of event with this text")]
+Since = Annotated[str | None, typer.Option("--since", metavar="TIME", help="not before, e.g. 2026-01-31 or ...T12:00")]
+Until = Annotated[str | None, typer.Option("--until", metavar="TIME", help="not after")]
+
+
+class ShownEvent(msgspec.Struct, frozen=True):
+    """One event in ``--json``; fields are added, never renamed."""
+
+    number: int
+    time: str
+    event: str
+    member: str | None
+    text: str
+    data: dict[str, str]
+
+
+class _Filter(msgspec.Struct, frozen=True):
+    member: str | None
+    kind: str | None
+    since: float
+    until: float
+
+    def passes(self, event: Event) -> bool:
+        return (
+            (self.member is None or event.member == self.member)
+            and (self.kind is None or self.kind in event.kind)
+            and self.since <= event.time <= self.until
+        )
+
+
+def _moment(text: str | None, default: float) -> float:
+    if text is None:
+        return default
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        fail(f"{text!r} is not a time such as 2026-01-31 or 2026-01-31T12:00", USAGE)
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+
+
+def _shown(event: Event) -> ShownEvent:
+    when = datetime.fromtimestamp(event.time, UTC).isoformat(timespec="seconds")
+    return ShownEvent(event.number, when, event.kind, event.member, event.text, event.data)
+
+
+def _line(event: Event) -> tuple[str, str, str, str, str]:
+    shown = _shown(event)
+    return str(shown.number), shown.time, shown.event, shown.member or "", shown.text
+
+
+_COLUMNS = ("number", "time (UTC)", "event", "member", "what")
+
+
+@journal_app.command("list")
+def journal_list(
+    member: Member = None,
+    event: Kind = None,
+    since: Since = None,
+    until: Until = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="the newest so many")] = _EVERYTHING,
+    as_json: Json = False,
+) -> None:
+    """List events, oldest first. Times without a zone are UTC."""
+    chosen = _Filter(member, event, _moment(since, 0.0), _moment(until, float("inf")))
+    with commands.opened_journal(load(chosen_config())) as journal:
+        found = [one for one in journal.events(limit=_EVERYTHING) if chosen.passes(one)][-limit:]
+    if as_json:
+        print_json([_shown(one) for one in found])
+    else:
+        table(_COLUMNS, [_line(one) for one in found])
+
+
+@journal_app.command("tail")
+def journal_tail(
+    member: Member = None,
+    event: Kind = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="how many to begin with")] = 10,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on with what comes; Ctrl-C ends it")] = False,
+) -> None:
+    """Show the newest events, one line each."""
+    chosen = _Filter(member, event, 0.0, float("inf"))
+    with commands.opened_journal(load(chosen_config())) as journal:
+        found = journal.events(limit=_EVERYTHING)
+        last = found[-1].number if found else 0
+        passing = [one for one in found if chosen.passes(one)]
+        _print(passing[len(passing) - min(lines, len(passing)) :])
+        while follow:
+            time.sleep(_PAUSE)
+            found = journal.events(limit=_EVERYTHING, since=last)
+            _print([one for one in found if chosen.passes(one)])
+            last = found[-1].number if found else last
+
+
+def _print(events: list[Event]) -> None:
+    for event in events:
+        print(" ".join(part for part in _line(event)[1:] if part), flush=True)
+
+
+@journal_app.command("verify")
+def journal_verify(as_json: Json = False) -> None:
+    """Check that the journal agrees with itself. Its events are not sealed: see what is said at the end."""
+    with commands.opened_journal(load(chosen_config())) as journal:
+        found = consistency.check(journal)
+    if as_json:
+        print_json(found)
+    else:
+        for problem in found.problems:
+            print(problem)
+        say(f"{found.objects} objects, {found.tombstones} tombstones, {found.owed} owed changes, {found.events} events")
+        say("consistent" if not found.problems else f"{len(found.problems)} problems")
+        say("0 events are sealed: that nobody changed or removed one can be told by the file's permissions alone")
+    if found.problems:
+        raise typer.Exit(DEGRADED)
+
+
+@journal_app.command("todo")
+def journal_todo(
+    everything: Annotated[bool, typer.Option("--all", help="what is complete too")] = False, as_json: Json = False
+) -> None:
+    """Show what is still to be done on which member. Exit status 1: something is."""
+    with commands.opened_journal(load(chosen_config())) as journal:
+        found = outstanding.actions(journal)
+        names = [member.name for member in journal.members()]
+    shown = [one for one in found if everything or not one.complete]
+    if as_json:
+        print_json(shown)
+    elif shown:
+        names += sorted({name for one in shown for name in one.members} - set(names))
+        lines = [
+            (
+                "" if one.number is None else str(one.number),
+                one.date,
+                one.action,
+                *(one.members.get(name, outstanding.NOT_NEEDED) for name in names),
+                "yes" if one.complete else "no",
+            )
+            for one in shown
+        ]
+        table(("number", "date (UTC)", "action", *names, "complete"), lines)
+    else:
+        say("nothing is to be done")
+    if any(not one.complete for one in shown):
+        raise typer.Exit(DEGRADED)
+
+
+@journal_app.command("note")
+def journal_note(
+    text: Annotated[str, typer.Argument(help="what was done or is to be done")],
+    done: Annotated[list[str] | None, typer.Option("--done", metavar="NAME", help="done on this member")] = None,
+    to_do: Annotated[list[str] | None, typer.Option("--to-do", metavar="NAME", help="to be done there")] = None,
+    not_needed: Annotated[
+        list[str] | None, typer.Option("--not-needed", metavar="NAME", help="not needed there")
+    ] = None,
+    action: Annotated[
+        int | None, typer.Option("--action", metavar="NUMBER", help="goes on with this action of `journal todo`")
+    ] = None,
+) -> None:
+    """Record an action of your own, or that one goes on: it shows in `journal todo` until it is done everywhere."""
+    members = {
+        **dict.fromkeys(to_do or [], outstanding.TO_DO),
+        **dict.fromkeys(not_needed or [], outstanding.NOT_NEEDED),
+        **dict.fromkeys(done or [], outstanding.DONE),
+    }
+    with commands.opened_journal(load(chosen_config())) as journal:
+        _known(journal, members, action)
+        data = outstanding.statuses(members)
+        if action is not None:
+            data[outstanding.ABOUT] = str(action)
+        journal.event(outstanding.NOTE, text, data=data)
+    say("noted")
+
+
+def _known(journal: Journal, members: dict[str, str], action: int | None) -> None:
+    names = {member.name for member in journal.members()}
+    if action is not None:
+        about = next((one for one in outstanding.actions(journal) if one.number == action), None)
+        if about is None:
+            raise ConfigurationError(f"there is no action {action}; `ha-admin journal todo --all` lists them")
+        names |= set(about.members)
+    unknown = sorted(set(members) - names)
+    if unknown:
+        raise ConfigurationError(f"the group has no member {unknown[0]!r}; its members are: {', '.join(sorted(names))}")

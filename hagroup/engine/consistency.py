@@ -1,0 +1,63 @@
+"""Whether the journal agrees with itself: what ``ha-admin journal verify`` looks at."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import msgspec
+
+from hagroup.core.records import ObjectState, OwedKind
+from hagroup.journal.api import Journal
+
+_EVERYTHING = 2**31
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True):
+    """What was looked at; fields are added, never renamed."""
+
+    objects: int
+    tombstones: int
+    owed: int
+    events: int
+    sealed: int
+    """Events up to the last seal; events are not sealed, so none."""
+    problems: list[str]
+
+
+def check(journal: Journal) -> Checked:
+    """A running application may change the journal meanwhile: what it just did is looked at again."""
+    problems: list[str] = []
+    names = {member.name for member in journal.members()}
+    events = journal.events(limit=_EVERYTHING)
+    problems += [
+        f"event {before.number + 1} is missing: {after.number} follows {before.number}"
+        for before, after in pairwise(events)
+        if after.number != before.number + 1
+    ]
+    objects = {record.uid: record for record in journal.objects()}
+    tombstones = {tombstone.uid for tombstone in journal.tombstones()}
+    for uid, record in objects.items():
+        if uid in tombstones and journal.object(uid) is not None:
+            problems.append(f"object {uid.hex()} has a record and a tombstone")
+        copies, owed = journal.placement(uid)
+        lacking = names - set(copies) - set(owed)
+        if record.state is ObjectState.LIVE and lacking and journal.object(uid) is not None:
+            problems.append(f"object {uid.hex()} is neither on {', '.join(sorted(lacking))} nor owed there")
+    rows = journal.owed()
+    for row in rows:
+        there = journal.object(row.uid) is not None
+        gone = journal.tombstone(row.uid) is not None
+        if row.kind is OwedKind.DESTROY and not gone:
+            problems.append(f"{row.member} owes the end of {row.uid.hex()}, which was not destroyed")
+        elif row.kind is not OwedKind.DESTROY and not there and not gone:
+            problems.append(f"{row.member} owes {row.uid.hex()}, which does not exist")
+        if row.member not in names and row.member not in {member.name for member in journal.members()}:
+            problems.append(f"{row.member} owes {row.uid.hex()} and is no member")
+    return Checked(
+        objects=len(objects),
+        tombstones=len(tombstones),
+        owed=len(rows),
+        events=len(events),
+        sealed=0,
+        problems=problems,
+    )

@@ -1,0 +1,140 @@
+"""Finishing or undoing what processes left that died in the middle of a change (DESIGN.md 4.2, 4.3, G7)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import msgspec
+
+from hagroup.config.logging import get_logger
+from hagroup.core.records import Intent, IntentKind, ObjectRecord, OwedKind
+from hagroup.engine.member import Life, Member
+from hagroup.engine.replicate import Outcome, Replicator, Result
+from hagroup.engine.roster import Roster
+from hagroup.engine.view import View
+from hagroup.journal.api import Journal, NoLongerLive, StaleMembership
+
+log = get_logger(__name__)
+
+
+class Recovery:
+    """Open intents of dead processes, and those of this one whose call could not find out what became of them."""
+
+    def __init__(self, roster: Roster, view: View, journal: Journal, replicator: Replicator) -> None:
+        self._roster = roster
+        self._view = view
+        self._journal = journal
+        self._replicator = replicator
+        self._in_flight = replicator.in_flight
+        self._unresolved: set[str] = set()
+        """Intents of this process (adopted ones too) that no call of it is working on."""
+        self._one_at_a_time = threading.Lock()
+
+    def unresolved(self, intent: str) -> None:
+        self._unresolved.add(intent)
+
+    def recover_intents(self) -> bool:
+        """Finish or undo what processes left that died in the middle. True: something was brought to an end."""
+        if self._roster.journal_behind() is not None:
+            return False
+        recovered = False
+        if not self._one_at_a_time.acquire(timeout=self._roster.config.timeouts.call):
+            return False  # another thread is at it
+        try:
+            intents = self._journal.intents()
+            self._unresolved &= {intent.id for intent in intents}
+            for intent in intents:
+                own = intent.owner == self._journal.owner
+                if own and intent.id not in self._unresolved:
+                    continue  # its thread is at work
+                if not own:
+                    if self._journal.owner_alive(intent.owner):
+                        continue
+                    adopted = self._journal.adopt_intent(intent.id)
+                    if adopted is None:
+                        continue
+                    intent = adopted
+                    self._unresolved.add(intent.id)
+                try:
+                    recovered |= self._recover(intent, own)
+                except StaleMembership:
+                    self._view.refresh(always=True)  # next time
+        finally:
+            self._one_at_a_time.release()
+        return recovered
+
+    def _recover(self, intent: Intent, own: bool) -> bool:
+        recovered = self._recover_set(intent) if intent.kind is IntentKind.SET else self._recover_create(intent, own)
+        if recovered:
+            self._unresolved.discard(intent.id)
+            log.info("intent.recovered", kind=intent.kind.value, intent=intent.id)
+        return recovered
+
+    def _recover_create(self, intent: Intent, own: bool) -> bool:
+        if own:  # its call has told the application that nothing was made
+            self._journal.abandon_create(intent.id)
+            return True
+        serving = [member.name for member in self._roster.serving()]
+        needed = max(1, min(self._roster.config.group.min_replicas, len(serving)))
+        try:
+            if not self._journal.go_live(intent.id, needed=needed, serving=serving):
+                self._journal.abandon_create(intent.id)
+        except NoLongerLive:
+            pass
+        return True
+
+    def _recover_set(self, intent: Intent) -> bool:
+        old = self._journal.object(intent.uids[0])
+        if old is None or intent.new_attributes is None:
+            return True
+        after = msgspec.structs.replace(
+            old,
+            revision=old.revision + 1,
+            attributes={**old.attributes, **intent.new_attributes},
+            envelope=intent.new_envelope,
+        )
+        rows = self._in_flight.take((member.name, old.uid) for member in self._roster.serving())
+        try:
+            idle = [member for member in self._roster.serving() if (member.name, old.uid) in rows]
+            answers = self._ask_for_set(idle, intent, old, after)
+            accepted = [(member, life) for member, life, result in answers if result.outcome is Outcome.CONFIRMED]
+            if accepted:
+                if self._replicator.mirror is not None:
+                    self._replicator.mirror.put([after])
+                try:
+                    self._journal.commit_set(intent.id)
+                finally:
+                    for member, life in accepted:
+                        self._replicator.confirm_set(member, life, old, after)
+            elif answers and all(result.outcome is Outcome.REFUSED for _, _, result in answers):
+                self._journal.rollback_set(intent.id)
+            else:
+                return False  # nobody could be asked, or nobody could tell: later
+        except NoLongerLive:
+            pass
+        finally:
+            self._in_flight.end(rows)
+        return True
+
+    def _ask_for_set(
+        self, members: Sequence[Member], intent: Intent, old: ObjectRecord, after: ObjectRecord
+    ) -> list[tuple[Member, Life, Result]]:
+        answers = []
+        _, owed = self._journal.placement(old.uid)
+        for member in members:
+            life, row = member.life, owed.get(member.name)
+            if life is None or life.keys is None or row is None or row.kind is not OwedKind.SET:
+                continue  # one that lacks the object is given it first
+            self._replicator.own_up([row])
+            claimed = self._journal.claim(
+                [(member.name, old.uid)],
+                worker=life.worker,
+                membership_revision=self._view.group.membership_revision,
+                locators=[old.locator, after.locator],
+            )
+            if claimed and claimed[0].kind is OwedKind.SET:
+                answers.append((member, life, self._replicator.set(member, life, old, after, intent.change)))
+            elif claimed:
+                self._journal.give_up([(member.name, old.uid)], doubt=False, kind=claimed[0].kind)
+        return answers
