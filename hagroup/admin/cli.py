@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import click
-import msgspec
 import typer
 
 from hagroup.admin import commands, show, sync_commands
 from hagroup.admin.backup_commands import backup_app
+from hagroup.admin.doctor_commands import doctor, recover
 from hagroup.admin.journal_commands import journal_app
 from hagroup.admin.member_commands import member_app
 from hagroup.admin.options import (
@@ -50,6 +51,8 @@ app.add_typer(member_app, name="member")
 app.add_typer(journal_app, name="journal")
 app.add_typer(backup_app, name="backup")
 app.command()(verify)
+app.command()(recover)
+app.command()(doctor)
 
 
 @app.callback()
@@ -89,13 +92,24 @@ def group_create(
 
 
 @app.command()
-def status(as_json: Json = False) -> None:
+def status(
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="refresh until Ctrl-C ends it")] = False,
+    interval: Annotated[float, typer.Option("--interval", min=0.2, help="seconds between refreshes")] = 2.0,
+) -> None:
     """Show at one look what is wrong and what to do. Needs no PIN."""
-    found = commands.status(chosen_config())
-    if as_json:
-        print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
-    else:
-        show.status(found)
+    while True:
+        found = commands.status(chosen_config())
+        if as_json:
+            print_json(found)
+        else:
+            if watch and sys.stdout.isatty():
+                click.clear()
+            show.status(found)
+        if not watch:
+            break
+        sys.stdout.flush()
+        time.sleep(interval)
     if found.group.state == "down":
         raise typer.Exit(UNREACHABLE)
     if found.group.state != "ok" or not found.group.in_sync:
@@ -152,7 +166,7 @@ def objects(
     else:
         found = commands.member_objects(chosen_config(), member, pin=(pin_file, pin_env))
     if as_json:
-        print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        print_json(found)
     else:
         show.objects(found)
 

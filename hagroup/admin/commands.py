@@ -12,12 +12,14 @@ from hagroup import bootstrap
 from hagroup.admin import pins
 from hagroup.config.load import load
 from hagroup.config.model import GroupConfig
-from hagroup.config.pins import Pin, read_pin_stamped
+from hagroup.config.pins import Pin, pin_source_identity, pin_source_stamp, read_pin_stamped
 from hagroup.core.attributes import CKA, CKK, CKO
+from hagroup.core.states import State
 from hagroup.engine import replica
 from hagroup.engine import setup as group_setup
 from hagroup.engine import status as group_status
 from hagroup.engine.group import GroupEngine
+from hagroup.engine.login import APPLICATION
 from hagroup.engine.roster import open_life
 from hagroup.errors import ConfigurationError, GroupUnavailable
 from hagroup.journal import Journal, open_journal
@@ -34,6 +36,8 @@ class SyncedMember(msgspec.Struct, frozen=True):
     """Owed changes that are done now."""
     owed: int
     """Those that are not."""
+    reason: str | None = None
+    """Why it is not in service."""
 
 
 class Synced(msgspec.Struct, frozen=True):
@@ -90,6 +94,17 @@ def _user_pins(config: GroupConfig, options: PinOptions) -> dict[str, Pin]:
     return found
 
 
+def stamped_pins(config: GroupConfig, options: PinOptions) -> dict[str, tuple[Pin, str, str]]:
+    """PIN, source and stamp for every member."""
+    given = _user_pins(config, options)
+    return {
+        member.name: (given[member.name], APPLICATION, "")
+        if member.pin is None
+        else (given[member.name], pin_source_identity(member.pin), pin_source_stamp(member.pin))
+        for member in config.members
+    }
+
+
 @contextmanager
 def opened_journal(config: GroupConfig) -> Iterator[Journal]:
     """The journal alone: for what needs no member."""
@@ -140,15 +155,21 @@ def sync(path: Path, *, pin: PinOptions) -> Synced:
             owed = len(group.journal.owed(name))
             member = group.roster.members.get(name)
             state = "not configured here" if member is None else member.state.value
-            members.append(SyncedMember(name, state, max(0, before[name] - owed), owed))
-        serving = group.roster.serving()
+            reason = None if member is None or member.serving else member.reason
+            members.append(SyncedMember(name, state, max(0, before[name] - owed), owed, reason))
+        there = [member for member in group.roster.members.values() if member.state is State.IN_SERVICE]
         return Synced(
             members=members,
-            reachable=bool(serving),
-            in_sync=len(serving) == len(members) and all(member.owed == 0 for member in members),
+            reachable=bool(there),
+            in_sync=len(there) == len(members) and all(member.owed == 0 for member in members),
         )
     finally:
         group.close()
+
+
+def recover(path: Path, *, pin: PinOptions) -> Synced:
+    """Reach every member now (this process begins with that), and work off what those that answer owe."""
+    return sync(path, pin=pin)
 
 
 def group_objects(path: Path) -> list[ObjectLine]:

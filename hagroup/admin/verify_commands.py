@@ -1,12 +1,13 @@
-"""``ha-admin verify``, ``recover``."""
+"""``ha-admin verify``."""
 
 from __future__ import annotations
 
 import typer
 
-from hagroup.admin.member_commands import opened
-from hagroup.admin.options import DEGRADED, UNREACHABLE, Json, PinEnv, PinFile, print_json, say
+from hagroup.admin import commands
+from hagroup.admin.options import DEGRADED, UNREACHABLE, Json, PinEnv, PinFile, chosen_config, print_json, say
 from hagroup.admin.show import table
+from hagroup.config.load import load
 from hagroup.engine import verify as verifying
 from hagroup.engine.verify import Found, Verified
 
@@ -17,8 +18,9 @@ def verify(pin_file: PinFile = None, pin_env: PinEnv = None, as_json: Json = Fal
     Nothing is changed. Exit status 1: something differs. Objects that are not the group's are listed, and are no
     difference.
     """
-    with opened((pin_file, pin_env)) as group:
-        found = verifying.verify(group)
+    config = load(chosen_config())
+    with commands.opened_journal(config) as journal:
+        found = verifying.verify(config, journal, commands.stamped_pins(config, (pin_file, pin_env)))
     if as_json:
         print_json(found)
     else:

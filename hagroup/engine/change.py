@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 
+class _Overtaken(Exception):
+    """Another change of the object came first, so this one starts from what that one left."""
+
+
 class Changer:
     """Attribute changes and destruction of group objects."""
 
@@ -43,7 +47,7 @@ class Changer:
         object until it has the change (G3).
         """
         waiting = Retrying(
-            retry=retry_if_exception_type(Busy),
+            retry=retry_if_exception_type((Busy, _Overtaken)),
             wait=wait_fixed(0.01),
             stop=stop_after_delay(self._timeout),
             reraise=True,
@@ -52,7 +56,7 @@ class Changer:
             for attempt in waiting:
                 with attempt:
                     self._set_once(item.uid, new, logged_in=logged_in)
-        except Busy as error:
+        except (Busy, _Overtaken) as error:
             raise GroupUnavailable(
                 "another change of this object does not come to an end; nothing was changed"
             ) from error
@@ -84,6 +88,11 @@ class Changer:
                 self._group.supervisor.recover_now()
             self._group.view.refresh()
             raise
+        except NoLongerLive as error:
+            self._group.view.refresh(always=True)
+            if self._group.view.object(uid) is None:
+                raise
+            raise _Overtaken from error
         self._mirror(after, intent, targets)
         try:
             self._conclude(intent, after, self._ask_all(targets, old, after, intent))
@@ -162,13 +171,13 @@ class Changer:
 
     def _conclude(self, intent: Intent, after: ObjectRecord, results: list[Result]) -> None:
         """Accepted by any: only forward. Refused by all, none unknown: back. Else: whoever comes next finds out."""
-        for result in results:
-            if isinstance(result.error, NoLongerLive):
-                raise result.error
         refused = [result for result in results if result.outcome is Outcome.REFUSED]
         if any(result.outcome is Outcome.CONFIRMED for result in results):
             self._group.supervisor.replace(after.uid, [result.member for result in refused])
             return
+        for result in results:
+            if isinstance(result.error, NoLongerLive):
+                raise result.error
         if results and len(refused) == len(results):
             self._journal.rollback_set(intent.id)
             error = next((one.error for one in refused if isinstance(one.error, (Ckr, HAError))), None)

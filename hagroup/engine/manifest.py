@@ -174,6 +174,7 @@ def check(journal: Journal, view: View, member: Member, life: Life, *, timeout: 
             _resync(journal, member, "its token shows no manifest: it was emptied or replaced")
         return
     life.manifest_high = found.high if found.epoch == view.group.epoch else 0
+    life.manifest_low = found.low if found.epoch == view.group.epoch else 0
     if found.group != view.group.serial:
         raise OtherGroup(
             f'member "{member.name}" belongs to group {found.label} ({found.group}), not to {view.group.label} '

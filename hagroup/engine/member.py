@@ -28,7 +28,9 @@ class Life:
         "keys",
         "logged_in",
         "manifest_high",
+        "manifest_low",
         "mechanisms",
+        "proved_since_low",
         "started",
         "token",
         "worker",
@@ -57,6 +59,10 @@ class Life:
         """UID to handle of token objects found in this life."""
         self.manifest_high = 0
         """Newest change number that the manifest on the token is known to show."""
+        self.manifest_low = 0
+        """Every change up to here is finished there, as the token's own manifest says."""
+        self.proved_since_low = False
+        """What moved since was looked for in this life."""
 
 
 class Member:

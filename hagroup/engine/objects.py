@@ -33,12 +33,13 @@ class Repairs(msgspec.Struct, frozen=True):
 class TokenObject:
     """A live token object, as of one reading of the view."""
 
-    __slots__ = ("_members", "_private", "_repairs", "_timeout", "always_authenticate", "record", "uid")
+    __slots__ = ("_members", "_private", "_repairs", "_timeout", "always_authenticate", "changing", "record", "uid")
 
     def __init__(self, view: ObjectView, repairs: Repairs, timeout: float) -> None:
         self.record = view.record
         self.uid = view.record.uid
         self._members = view.members
+        self.changing = view.changing
         self._repairs = repairs
         self._timeout = timeout
         self._private = is_true(view.record, CKA.PRIVATE)
@@ -80,12 +81,8 @@ class TokenObject:
             raise Ckr(CKR.KEY_HANDLE_INVALID, "C_FindObjects")
         moved = view.record is not self.record and view.record != self.record
         moved = moved or view.members != self._members
-        self.record, self._members = view.record, view.members
+        self.record, self._members, self.changing = view.record, view.members, view.changing
         return moved
-
-    @property
-    def changing(self) -> bool:
-        return self.record.intent is not None
 
 
 class SessionObject:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hagroup.core.attributes import (
+    ANSWERED_ONLY,
     CKA,
     CKK,
     CKO,
@@ -23,7 +24,6 @@ from hagroup.core.calls import Ckr, DeadlinePassed, Handle, MemberGone, SessionI
 from hagroup.core.ckr import CKR
 from hagroup.core.numbers import CKA_VENDOR_DEFINED
 from hagroup.core.records import Fingerprint, Locator, ObjectRecord
-from hagroup.core.attributes import ANSWERED_ONLY
 from hagroup.core.templates import changed_on_member, install_template
 from hagroup.engine.domain import DomainKeys, IntegrityAlarm, open_envelope, open_private_data
 from hagroup.engine.proof import Proof, matches, prove

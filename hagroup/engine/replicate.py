@@ -63,6 +63,8 @@ class Replicator:
         self._mirrored = mirror is not None
         self.in_flight = InFlight()
         """Whoever claims rows says so here first, and ends it when :class:`Replicator` is done with them."""
+        self._unanswered: set[tuple[str, bytes]] = set()
+        """Rows for which the member gave no answer, until the journal knows it."""
 
     @property
     def _timeout(self) -> float:
@@ -72,11 +74,18 @@ class Replicator:
         return self._view.group.membership_revision
 
     def own_up(self, rows: Sequence[OwedRow]) -> None:
-        """Attempts that this process made and no thread of it waits for any more are in doubt (see ``in_flight``)."""
+        """Tell what became of attempts of this process that no thread of it waits for any more (see ``in_flight``):
+        each came back, or is known to have got no answer."""
         for row in rows:
+            key = (row.member, row.uid)
             for attempt in row.attempts:
-                if attempt.owner == self._journal.owner and attempt.doubt_since is None:
-                    self._journal.give_up([(row.member, row.uid)], doubt=True, kind=attempt.kind)
+                if attempt.owner != self._journal.owner or attempt.doubt_since is not None:
+                    continue
+                doubt = key in self._unanswered
+                self._journal.give_up([key], doubt=doubt, kind=attempt.kind)
+                if attempt.kind is OwedKind.SET and not doubt:  # it may have taken: to be made anew, whichever stays
+                    self._journal.owe([(*key, OwedKind.INSTALL)])
+            self._unanswered.discard(key)
 
     # -- install -------------------------------------------------------------------------------------------
     def install(
@@ -118,7 +127,7 @@ class Replicator:
         if failed is not None:
             told = None if unknown or isinstance(failed, Occupied) else str(failed)
             doubt = unknown and not self._answered(member, failed)
-            self._journal.give_up(rest, doubt=doubt, reason=told, kind=kind)
+            self._give_up(rest, doubt=doubt, reason=told, kind=kind)
         confirmations = [
             Confirmation(
                 member=member.name,
@@ -197,6 +206,12 @@ class Replicator:
             except LeaseLost:
                 return [False] * len(confirmations)
 
+    def _give_up(self, rows: Sequence[tuple[str, bytes]], *, doubt: bool, reason: str | None, kind: OwedKind) -> None:
+        if doubt:
+            self._unanswered.update(rows)
+        self._journal.give_up(rows, doubt=doubt, reason=reason, kind=kind)
+        self._unanswered.difference_update(rows)
+
     def _answered(self, member: Member, error: Exception) -> bool:
         """Whether it is over, however it went: a module that works in this host has come back, and a handle that is no
         handle was no handle. (A module that works elsewhere may return an error for what its HSM executes later.)"""
@@ -247,8 +262,9 @@ class Replicator:
         except (Ckr, DeadlinePassed, Occupied, *CONNECTION_LOST) as error:
             if not isinstance(error, Occupied):
                 self._is_unknown(member, life, error)
-            # The row stays, in doubt: whoever comes next looks again.
-            self._journal.give_up([(member.name, record.uid)], doubt=True, kind=OwedKind.DESTROY)
+            # The row stays: whoever comes next looks again.
+            doubt = not isinstance(error, Occupied) and not self._answered(member, error)
+            self._give_up([(member.name, record.uid)], doubt=doubt, reason=None, kind=OwedKind.DESTROY)
             return
         self._journal.undone(member.name, record.uid)
 
@@ -297,7 +313,7 @@ class Replicator:
             unknown = self._is_unknown(member, life, error)
             reason = None if unknown else str(error)
             doubt = unknown and not self._answered(member, error)
-            self._journal.give_up([row], doubt=doubt, reason=reason, kind=OwedKind.SET)
+            self._give_up([row], doubt=doubt, reason=reason, kind=OwedKind.SET)
             if (changed or unknown) and not doubt:  # it may have new values, or lack their record: to be made anew
                 self._journal.owe([(*row, OwedKind.INSTALL)])
             return Result(member.name, Outcome.UNKNOWN if unknown else Outcome.REFUSED, error)
@@ -357,7 +373,7 @@ class Replicator:
             unknown = self._is_unknown(member, life, error)
             reason = None if unknown else str(error)
             doubt = unknown and not self._answered(member, error)
-            self._journal.give_up([(member.name, uid)], doubt=doubt, reason=reason, kind=OwedKind.DESTROY)
+            self._give_up([(member.name, uid)], doubt=doubt, reason=reason, kind=OwedKind.DESTROY)
             return Result(member.name, Outcome.UNKNOWN if unknown else Outcome.REFUSED, error)
         if not self._confirm([Confirmation(member=member.name, uid=uid, kind=OwedKind.DESTROY)], lease)[0]:
             # The lease was lost: it is gone from there, but somebody else has to say so.

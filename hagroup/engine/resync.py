@@ -22,7 +22,7 @@ from hagroup.core.records import (
     Tombstone,
 )
 from hagroup.core.states import Event, State
-from hagroup.engine import ghosts, manifest, replica
+from hagroup.engine import ghosts, manifest, recent, replica
 from hagroup.engine.member import Life, Member
 from hagroup.engine.recovery import Recovery
 from hagroup.engine.replicate import Outcome, Replicator, Result
@@ -80,7 +80,9 @@ class Resync:
         return rows
 
     def has_work(self, member: Member) -> bool:
-        return member.name in self._haunted or bool(self.due(member))
+        life = member.life
+        unproved = life is not None and not life.proved_since_low
+        return unproved or member.name in self._haunted or bool(self.due(member))
 
     def _put_off(self, row: OwedRow) -> None:
         _, pause = self._later.get((row.member, row.uid), (0.0, 0.0))
@@ -117,6 +119,9 @@ class Resync:
         if record.membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
             self._haunted.add(member.name)
             self.inventory(member, life)
+        elif not life.proved_since_low:
+            self._prove_since_low(member, life)
+        life.proved_since_low = True
         for _ in range(_ROUNDS):
             barrier = self._journal.barrier()
             lease = self._backlog(member, life, lease)
@@ -154,9 +159,13 @@ class Resync:
         return True
 
     def _raise_low(self, member: Member, life: Life, barrier: int) -> None:
-        """Everything up to the barrier is finished there: recorded lazily, in the journal only."""
-        if barrier > self._view.members[member.name].low and not self._journal.owed(member.name):
+        """Everything up to the barrier is finished there: recorded lazily, on the token in steps."""
+        if self._journal.owed(member.name):
+            return
+        if barrier > self._view.members[member.name].low:
             self._journal.manifest_confirmed(member.name, high=life.manifest_high, low=barrier)
+        if barrier - life.manifest_low >= recent.STEP:
+            recent.raise_low(self._view, member, life, barrier, timeout=self._timeout)
 
     def _backlog(self, member: Member, life: Life, lease: Lease) -> Lease:
         order = {OwedKind.DESTROY: 0, OwedKind.INSTALL: 1, OwedKind.SET: 2}
@@ -193,6 +202,7 @@ class Resync:
                 row = waiting.pop(0)
                 if not self._carry_out(member, life, row, lease):
                     self._put_off(row)
+                    lease = self._journal.renew_lease(lease, ttl=LEASE)  # was it the lease? Then no further
         finally:
             for row in waiting:  # claimed, and never asked
                 self._journal.give_up([(row.member, row.uid)], doubt=False, kind=row.kind)
@@ -269,6 +279,15 @@ class Resync:
             if dead or late:
                 over.append(attempt.number)
         return over
+
+    def _prove_since_low(self, member: Member, life: Life) -> None:
+        uids = recent.moved_since_low(self._journal, self._view, life)
+        if uids is None:
+            self.inventory(member, life)
+            return
+        rows = recent.missing_of(self._journal, member, life, uids, timeout=self._timeout)
+        if rows and self.we_are_current(member):
+            self._journal.owe(rows, reason=None)
 
     # -- inventory -----------------------------------------------------------------------------------------
     def inventory(self, member: Member, life: Life) -> None:

@@ -6,20 +6,31 @@ where using the key shows it. Where neither can be had, that is said: *unproven*
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 
 import msgspec
 
+from hagroup.config.model import GroupConfig, MemberConfig
+from hagroup.config.pins import Pin
 from hagroup.core.attributes import CKA
 from hagroup.core.calls import Ckr, DeadlinePassed
-from hagroup.core.records import Locator, ObjectRecord, ObjectState, Tombstone
+from hagroup.core.ckr import CKR
+from hagroup.core.records import Locator, MemberRecord, ObjectRecord, ObjectState, Tombstone
 from hagroup.core.templates import install_template
 from hagroup.engine import proof, replica
+from hagroup.engine.challenge import open_reference
+from hagroup.engine.domain import find_domain
 from hagroup.engine.group import GroupEngine
-from hagroup.engine.member import Life
+from hagroup.engine.login import APPLICATION, PIN_ERRORS, log_in
+from hagroup.engine.member import Life, Member
 from hagroup.engine.proof import Proof
-from hagroup.engine.roster import CONNECTION_LOST
+from hagroup.engine.roster import CONNECTION_LOST, open_life
 from hagroup.engine.token_contents import InventoryEntry, inventory
+from hagroup.errors import HAError
+from hagroup.journal.api import Journal
+from hagroup.members import ModuleProblem
 
 UNMANAGED_COUNTED = "unmanaged counted"
 """Event by which ``status`` knows how many objects on a member are not the group's."""
@@ -73,11 +84,11 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
 class _Run:
     """One comparison of one member."""
 
-    def __init__(self, group: GroupEngine, name: str, life: Life) -> None:
-        self._group = group
+    def __init__(self, journal: Journal, name: str, life: Life, *, timeout: float) -> None:
+        self._journal = journal
         self._name = name
         self._life = life
-        self._timeout = group.config.timeouts.generate
+        self._timeout = timeout
         self._taken: set[int] = set()
         self.proved = 0
         self.unproven: list[Found] = []
@@ -92,13 +103,13 @@ class _Run:
         places: dict[Locator, list[InventoryEntry]] = {}
         for entry in entries:
             places.setdefault(entry.locator, []).append(entry)
-        for record in self._group.journal.objects():
+        for record in self._journal.objects():
             if record.state is ObjectState.LIVE:
                 self._object(record, places)
             else:
                 self._taken.update(entry.handle for entry in places.get(record.locator, []))
         tombstones: dict[Locator, list[Tombstone]] = {}
-        for tombstone in self._group.journal.tombstones():
+        for tombstone in self._journal.tombstones():
             for locator in tombstone.locators:
                 tombstones.setdefault(locator, []).append(tombstone)
         for entry in entries:
@@ -119,7 +130,7 @@ class _Run:
         ]
         others = [entry.handle for entry in places.get(record.locator, []) if entry.handle not in matching]
         self._taken.update(matching)
-        _, owed = self._group.journal.placement(record.uid)
+        _, owed = self._journal.placement(record.uid)
         row = owed.get(self._name)
         if row is not None and not row.settled:
             self.differences.append(
@@ -140,12 +151,19 @@ class _Run:
 
     def _still(self, record: ObjectRecord) -> bool:
         """An application may have changed or destroyed it while we looked."""
-        now = self._group.journal.object(record.uid)
+        now = self._journal.object(record.uid)
         return now is not None and now.revision == record.revision
 
     def _replica(self, handle: int, record: ObjectRecord) -> None:
         connection = self._life.connection
-        result = proof.prove(connection, handle, record, timeout=self._timeout)
+        try:
+            result = proof.prove(connection, handle, record, timeout=self._timeout)
+        except Ckr as error:
+            if error.rv not in _GONE:
+                raise
+            if self._still(record):
+                self.differences.append(self._found(Difference.MISSING, record, "it vanished while it was compared"))
+            return
         if result is Proof.MISMATCH:
             if self._still(record):
                 text = "its use shows another key, or one without its value"
@@ -177,19 +195,16 @@ class _Run:
     def _stranger(self, entry: InventoryEntry, tombstones: list[Tombstone]) -> None:
         for tombstone in tombstones:
             kind = entry.locator.object_class
-            same = proof.matches(
-                self._life.connection, entry.handle, kind, tombstone.fingerprint, timeout=self._timeout
-            )
-            if same is not False:
-                self.differences.append(
-                    Found(
-                        member=self._name,
-                        difference=Difference.REAPPEARED,
-                        uid=tombstone.uid.hex(),
-                        label=entry.label.decode(errors="replace"),
-                        text="the group destroyed it; the member has it again",
-                    )
+            try:
+                same = proof.matches(
+                    self._life.connection, entry.handle, kind, tombstone.fingerprint, timeout=self._timeout
                 )
+            except Ckr as error:
+                if error.rv in _GONE:
+                    return  # destroyed while we looked
+                raise
+            if same is not False:
+                self.differences.append(self._reappeared(entry, tombstone))
                 return
         self.strangers.append(
             Stranger(
@@ -201,7 +216,19 @@ class _Run:
             )
         )
 
+    def _reappeared(self, entry: InventoryEntry, tombstone: Tombstone) -> Found:
+        _, owed = self._journal.placement(tombstone.uid)
+        pending = self._name in owed
+        return Found(
+            member=self._name,
+            difference=Difference.OWED if pending else Difference.REAPPEARED,
+            uid=tombstone.uid.hex(),
+            label=entry.label.decode(errors="replace"),
+            text="destroy: not yet" if pending else "the group destroyed it; the member has it again",
+        )
 
+
+_GONE = (CKR.OBJECT_HANDLE_INVALID, CKR.KEY_HANDLE_INVALID)
 _NOT_COMPARED = (CKA.START_DATE, CKA.END_DATE)
 """Reading them from a private object fails for all of it on SoftHSM (DESIGN.md 8, trap 7)."""
 _NUMBERS = (CKA.MODULUS, CKA.PUBLIC_EXPONENT, CKA.PRIME, CKA.SUBPRIME, CKA.BASE)
@@ -218,40 +245,70 @@ def _attribute(number: int) -> str:
         return f"0x{number:x}"
 
 
-def verify(group: GroupEngine) -> Verified:
-    """Compare all reachable members; what differs because it is on its way is told as owed."""
+def verify(config: GroupConfig, journal: Journal, pins: Mapping[str, tuple[Pin, str, str]]) -> Verified:
+    """Compare all members that can be reached; what differs because it is on its way is told as owed.
+
+    No engine runs here: it would repair what it comes across, and so change what is to be looked at.
+
+    :param pins: user PIN of each member, its source and stamp.
+    """
     found = Verified(objects=0, members=[], proved=0, unproven=[], differences=[], unmanaged=[])
     proved = 0
-    for name, record in group.view.members.items():
-        member = group.roster.members.get(name)
-        life = None if member is None else member.life
+    refused = False
+    configured = {member.name: member for member in config.members}
+    for record in journal.members():
         try:
-            if life is None or life.keys is None:
-                why = (member.reason if member is not None else "not configured here") or record.membership.value
-                raise _Away(why)
-            run = _Run(group, name, life)
-            run.compare()
-        except (Ckr, DeadlinePassed, _Away, *CONNECTION_LOST) as error:
+            if record.name not in configured:
+                raise _Away("not in hagroup.toml of this host")
+            if refused and pins[record.name][1] == APPLICATION:
+                raise _Away("not tried: another member refused this PIN")
+            with _looking(config, configured[record.name], journal, record, pins[record.name]) as life:
+                run = _Run(journal, record.name, life, timeout=config.timeouts.generate)
+                run.compare()
+        except (Ckr, DeadlinePassed, ModuleProblem, HAError, _Away, *CONNECTION_LOST) as error:
+            refused = refused or (isinstance(error, Ckr) and error.rv in PIN_ERRORS)
             found.differences.append(
-                Found(member=name, difference=Difference.UNREACHABLE, uid=None, label="", text=str(error))
+                Found(member=record.name, difference=Difference.UNREACHABLE, uid=None, label="", text=str(error))
             )
             continue
-        found.members.append(name)
+        found.members.append(record.name)
         found.unproven.extend(run.unproven)
         found.differences.extend(run.differences)
         found.unmanaged.extend(run.strangers)
         proved += run.proved
         data = {"unmanaged": str(len(run.strangers))}
-        group.journal.event(UNMANAGED_COUNTED, "by a comparison with the group's objects", member=name, data=data)
-    return msgspec.structs.replace(found, objects=group.journal.counts()["live"], proved=proved)
+        journal.event(UNMANAGED_COUNTED, "by a comparison with the group's objects", member=record.name, data=data)
+    return msgspec.structs.replace(found, objects=journal.counts()["live"], proved=proved)
+
+
+@contextmanager
+def _looking(
+    config: GroupConfig, member: MemberConfig, journal: Journal, record: MemberRecord, pin: tuple[Pin, str, str]
+) -> Iterator[Life]:
+    """The member, logged in, with both secrets proved."""
+    timeout = config.timeouts.generate
+    life = open_life(member, journal, generation=1, timeout=timeout, serial=record.serial)
+    try:
+        if life.token.serial != record.serial:
+            raise _Away(f"another token is in its place: {life.token.serial}, not {record.serial}")
+        known = Member(member, rank=(0, 0), standby=False)
+        log_in(journal, known, life, *pin, automatic=pin[1] != APPLICATION, timeout=timeout)
+        group = journal.group()
+        life.keys = find_domain(
+            life.connection, group.domain_key_id, group.partition_key_id, member.wrap_mechanism, timeout=timeout
+        )
+        open_reference(life.connection, life.keys, group.reference, timeout=timeout)
+        yield life
+    finally:
+        life.connection.close()
 
 
 def strangers(group: GroupEngine, name: str, life: Life) -> list[InventoryEntry]:
     """Objects on a member's token that are not the group's; what the group destroyed, and is there, among them."""
-    run = _Run(group, name, life)
+    run = _Run(group.journal, name, life, timeout=group.config.timeouts.generate)
     run.compare()
     return run.entries
 
 
 class _Away(Exception):
-    """The member is not connected."""
+    """The member cannot be looked at."""

@@ -21,6 +21,8 @@ class ObjectView(msgspec.Struct, frozen=True):
 
     record: ObjectRecord
     members: frozenset[str]
+    changing: bool = False
+    """Somebody is at work on it: an attribute change is open, or a member is just being asked."""
 
 
 class View:
@@ -85,7 +87,8 @@ class View:
         view = None
         if record is not None and record.state == "live":
             members = (name for name, copy in copies.items() if copy.revision == record.revision and name not in owed)
-            view = ObjectView(record, frozenset(members))
+            changing = record.intent is not None or any(row.owner is not None for row in owed.values())
+            view = ObjectView(record, frozenset(members), changing)
         with self._lock:
             if seen == self._seen:  # else it may be older than what others dropped meanwhile
                 self._objects[uid] = view

@@ -73,6 +73,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     verified: Verified = Verified()
 
 
+def _teller(config: GroupConfig) -> Teller:
+    sources = [member.pin.env for member in config.members if member.pin is not None]
+    return Teller(config.watchdog, hidden=frozenset(name for name in sources if name is not None))
+
+
 class GroupWatch:
     """Watches one group until :meth:`stop`. All methods but that and ``reload`` belong to one thread."""
 
@@ -99,7 +104,7 @@ class GroupWatch:
         self._told = Told()
         self._unwritten = False
         """``_told`` is newer than what the journal has."""
-        self._teller = Teller(self.config.watchdog)
+        self._teller = _teller(self.config)
         self._events: list[WatchEvent] = []
         self._trouble: str | None = None
         self._was_active: bool | None = None
@@ -164,7 +169,7 @@ class GroupWatch:
         self._reload = False
         try:
             config = load(self.path)
-            teller = Teller(config.watchdog)
+            teller = _teller(config)
         except ConfigurationError as error:
             log.error("configuration.not-reloaded", reason=str(error))
             return

@@ -36,6 +36,8 @@ _ATTEMPTS = 60
 """About an hour; then the event is dropped, and the log says so."""
 _RETRIED = frozenset({408, 425, 429})
 """Refusals that may pass; other 4xx are final."""
+_OURS = frozenset({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "CREDENTIALS_DIRECTORY"})
+"""Variables that are not a hook's business."""
 
 
 class NotTaken(Exception):
@@ -107,8 +109,11 @@ class Channel:
 class Hook:
     """Runs the command with the event as JSON on its standard input."""
 
-    def __init__(self, command: tuple[str, ...], timeout: float = HOOK_TIMEOUT) -> None:
+    def __init__(
+        self, command: tuple[str, ...], timeout: float = HOOK_TIMEOUT, *, hidden: frozenset[str] = frozenset()
+    ) -> None:
         self._command = command
+        self._hidden = hidden | _OURS
         self._timeout = timeout
 
     def __call__(self, event: WatchEvent) -> None:
@@ -120,6 +125,7 @@ class Hook:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # so that all that it started can be ended with it
                 cwd="/",
+                env={name: value for name, value in os.environ.items() if name not in self._hidden},
             )
         except OSError as error:
             raise NotTaken(f"{self._command[0]}: {os.strerror(error.errno or 0)}") from None
@@ -183,11 +189,12 @@ def _secret(path: Path) -> bytes:
 class Teller:
     """Tells each event it is given, everywhere."""
 
-    def __init__(self, config: WatchdogSection) -> None:
+    def __init__(self, config: WatchdogSection, *, hidden: frozenset[str] = frozenset()) -> None:
+        """:param hidden: environment variables that a hook does not get, since they hold PINs."""
         self._luna = config.log_style == "luna"
         self._channels: list[Channel] = []
         if config.hook is not None:
-            self._channels.append(Channel("hook", Hook(config.hook), attempts=3))
+            self._channels.append(Channel("hook", Hook(config.hook, hidden=hidden), attempts=3))
         if config.webhook is not None:
             if config.webhook.secret_file is not None and not config.webhook.secret_file.exists():
                 raise ConfigurationError(f"[watchdog] webhook.secret_file {config.webhook.secret_file} does not exist")

@@ -112,7 +112,7 @@ class Verifier:
         return True
 
     def _is_well(self, member: Member, life: Life) -> bool:
-        """A token that is just going away may first show nothing: only one that answers a heartbeat later is believed."""
+        """A token that is just going away may first show nothing: it is believed if it answers a heartbeat later."""
         section, timeouts = self._engine.config.watchdog, self._engine.config.timeouts
         if self._stop.wait(section.interval):
             return False

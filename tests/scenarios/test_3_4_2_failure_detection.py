@@ -220,11 +220,20 @@ def test_given_up_after_so_many_attempts(group: GroupFixture) -> None:
         wait_until(lambda: "group whole" in kinds(told), "recovery")
 
 
-def test_once(group: GroupFixture) -> None:
+def test_once(group: GroupFixture, fast_folder: Path) -> None:
     configure(group)
     command = [sys.executable, "-m", "hagroup.watchdog.cli", "--config", str(group.toml), "--once"]
     fine = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (fine.returncode, f"within {BOUND:g} s" in fine.stdout) == (0, True), fine
+    other = make_group(fast_folder / "other", members=1)
+    both = subprocess.run(
+        [*command[:-1], "--config", str(other.toml), "--once"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (both.returncode, both.stdout.count(": ok;")) == (0, 2), both
+    twice = subprocess.run(
+        [*command, "--config", str(group.toml)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert twice.returncode == 2
     group.take_away("hsm1")
     bad = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert bad.returncode == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -10,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from hagroup.watchdog.group import GroupWatch
 from tests.support import plain
 from tests.support.groups import GroupFixture, make_group, run_client, wait_until
 from tests.support.watchdogs import configure, events, kinds, make_hook, watching
@@ -153,3 +156,24 @@ def test_another_watchdog_takes_over(group: GroupFixture) -> None:
     ]
     assert kinds(told) == once * 2
     assert len({event["id"] for event in events(told)}) == len(events(told))
+
+
+def test_memory_and_descriptors_are_flat_with_a_flapping_member(group: GroupFixture) -> None:
+    """Heartbeats one after the other, without the pauses between; the member's worker goes and comes."""
+    configure(group, "verify_rate = 0")
+    watch, process = GroupWatch(group.toml), psutil.Process()
+    cost = []
+    for number in range(1, 2001):
+        watch.step()
+        if number % 100 == 0:
+            (group.bring_back if number % 200 == 0 else group.take_away)("hsm2")
+        if number % 500 == 0:
+            gc.collect()
+            cost.append((process.memory_info().rss / 1e6, process.num_fds(), process.num_threads()))
+    watch.stop()
+    watch.run()
+    print(f"(MB, descriptors, threads) after each 500 heartbeats: {cost}")
+    (first_memory, first_files, first_threads), (memory, files, threads) = cost[0], cost[-1]
+    assert memory < first_memory + 3.0
+    assert files <= first_files + 6  # a worker that is just being started
+    assert threads <= first_threads + 6

@@ -26,7 +26,14 @@ from hagroup.config.model import (
     WatchdogSection,
     Webhook,
 )
-from hagroup.config.write import append_member, render, set_group_serial, write_new
+from hagroup.config.write import (
+    append_member,
+    remove_member,
+    render,
+    set_group_serial,
+    set_member_role,
+    write_new,
+)
 from hagroup.core.classify import Verdict
 from hagroup.core.records import Role
 from hagroup.errors import ConfigurationError
@@ -276,3 +283,28 @@ def test_append_member(file: Path) -> None:
     assert file.read_text().startswith(f"{before}\n\n[[member]]\n")
     with pytest.raises(ConfigurationError, match="is that of another member"):
         append_member(file, member)
+
+
+def test_remove_member_leaves_the_rest_alone(file: Path) -> None:
+    second = (
+        '[[member]]\nname = "b"\nmodule = "/m.so"\ntoken_label = "b"\n[member.env]\nLIST = """\n[[member]]\n"""\n\n'
+    )
+    third = '# the third\n# stays\n[[member]]\nname = "c"\nmodule = "/m.so"\ntoken_label = "c"\n'
+    head = f'# mine\n[group]\nlabel = "x"\nmin_replicas = 1\n{MEMBER}'
+    file.write_text(head + second + third)
+    config = remove_member(file, "b")
+    assert [member.name for member in config.members][1:] == ["c"]
+    assert file.read_text() == head + third
+    remove_member(file, "c")
+    assert file.read_text().startswith(head)
+    with pytest.raises(ConfigurationError, match="has no member"):
+        remove_member(file, "c")
+
+
+def test_set_member_role(file: Path) -> None:
+    file.write_text(f'[group]\nlabel = "x"\nmin_replicas = 1\n{MEMBER}[watchdog]\nretry = 3\n')
+    name = load_text(file.read_text(), file).members[0].name
+    assert set_member_role(file, name, Role.STANDBY).members[0].role is Role.STANDBY
+    assert set_member_role(file, name, Role.ACTIVE).members[0].role is Role.ACTIVE
+    assert file.read_text().count("role") == 1
+    assert "retry = 3" in file.read_text()

@@ -84,6 +84,17 @@ def test_hook_gets_the_event(tmp_path: Path) -> None:
     assert events(file)[0]["member"] == "hsm1"
 
 
+def test_hook_does_not_get_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HSM1_PIN", "1234")
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/x")
+    command = ("sh", "-c", f"cat > /dev/null; env > {tmp_path}/env")
+    Hook(command, hidden=frozenset({"HSM1_PIN"}))(EVENT)
+    text = (tmp_path / "env").read_text()
+    assert "PATH=" in text
+    assert "1234" not in text
+    assert "NOTIFY_SOCKET" not in text
+
+
 def test_hook_that_hangs_is_ended_with_its_children() -> None:
     begun = time.monotonic()
     with pytest.raises(NotTaken, match="did not end"):

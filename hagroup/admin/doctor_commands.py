@@ -1,0 +1,41 @@
+"""``ha-admin doctor`` and ``recover``."""
+
+from __future__ import annotations
+
+import typer
+
+from hagroup.admin import commands, show
+from hagroup.admin.options import DEGRADED, UNREACHABLE, Json, PinEnv, PinFile, chosen_config, print_json, say
+from hagroup.engine import doctor as examining
+from hagroup.journal.clock import SystemClock
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check what a support person would ask for, and print remedies. Needs no PIN, changes nothing, tries no login."""
+    found = list(examining.examine(chosen_config(), SystemClock()))
+    if as_json:
+        print_json(found)
+    else:
+        show.table(("", "what", "found", "remedy"), [(one.state, one.subject, one.found, one.remedy) for one in found])
+    wrong = [one for one in found if one.state != examining.OK]
+    if not as_json:
+        say("all is well" if not wrong else f"{len(wrong)} of {len(found)} checks need a look")
+    if any(one.state == examining.BAD for one in found):
+        raise typer.Exit(DEGRADED)
+
+
+def recover(pin_file: PinFile = None, pin_env: PinEnv = None, as_json: Json = False) -> None:
+    """Try to reach every member now, and bring those that answer up to date; says why where one does not.
+
+    Applications do this by themselves; this is for who does not want to wait.
+    """
+    done = commands.recover(chosen_config(), pin=(pin_file, pin_env))
+    if as_json:
+        print_json(done)
+    else:
+        lines = [(one.name, one.state, str(one.finished), str(one.owed), one.reason or "") for one in done.members]
+        show.table(("member", "state", "brought up to date", "still owed", "why"), lines)
+    if not done.reachable:
+        raise typer.Exit(UNREACHABLE)
+    if not done.in_sync:
+        raise typer.Exit(DEGRADED)

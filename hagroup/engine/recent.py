@@ -1,0 +1,60 @@
+"""What a token's own progress does not vouch for (DESIGN.md 4.6): "a token's backlog starts at its own ``low``".
+
+A token that was put back to an earlier state shows an earlier manifest, but only tombstones and attribute changes move
+that one's ``high``. What was created since is missing there, and no row in the journal says so. So in each new life all
+that moved since the ``low`` of the token's own manifest is looked for; then the manifest is brought up to date.
+"""
+
+from __future__ import annotations
+
+from hagroup.core.records import ObjectState, OwedKind
+from hagroup.engine import manifest, replica
+from hagroup.engine.member import Life, Member
+from hagroup.engine.view import View
+from hagroup.journal.api import Journal
+
+MOST = 200
+"""Looking for more objects than this one by one costs more than a full inventory."""
+STEP = 64
+"""The manifest's ``low`` follows the journal's in steps of so many changes: each is a write to the token."""
+
+
+def moved_since_low(journal: Journal, view: View, life: Life) -> list[bytes] | None:
+    """UIDs of what has to be looked for in this life; None: too many, or another epoch."""
+    moved = journal.changes(life.manifest_low, view.group.epoch)
+    return None if moved.everything or len(moved.uids) > MOST else sorted(moved.uids)
+
+
+def missing_of(
+    journal: Journal, member: Member, life: Life, uids: list[bytes], *, timeout: float
+) -> list[tuple[str, bytes, OwedKind]]:
+    """Rows for what the journal has on the member and is not there, or is there although it was destroyed."""
+    rows = []
+    for uid in uids:
+        record, copies, owed = journal.object_with_placement(uid)
+        if member.name in owed:
+            continue
+        if record is not None:
+            if record.state is not ObjectState.LIVE or member.name not in copies:
+                continue
+            found = replica.locate(
+                life.connection, [record.locator], record.fingerprint, record.attributes, timeout=timeout
+            )
+            if not found:
+                rows.append((member.name, uid, OwedKind.INSTALL))
+            continue
+        tombstone = journal.tombstone(uid)
+        if tombstone is not None and replica.locate(
+            life.connection, tombstone.locators, tombstone.fingerprint, {}, timeout=timeout
+        ):
+            rows.append((member.name, uid, OwedKind.DESTROY))
+    return rows
+
+
+def raise_low(view: View, member: Member, life: Life, low: int, *, timeout: float) -> None:
+    """Everything up to ``low`` is finished on this member: its manifest shows it from now on."""
+    assert life.keys is not None
+    with member.manifest_lock:
+        shown = manifest.compose(view.group, view.members, low=low, high=life.manifest_high)
+        manifest.write(life.connection, life.keys, shown, timeout=timeout)
+        life.manifest_low = low

@@ -1,0 +1,101 @@
+"""``doctor``, ``recover``, ``status --watch``, ``--quiet``, completion, by real processes (issue 4)."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.support import plain
+from tests.support.groups import GroupFixture, make_group, run_client, wait_until
+
+
+@pytest.fixture(scope="module")
+def shared(fast_folder: Any) -> GroupFixture:
+    return make_group(fast_folder / "examined", members=2)
+
+
+def checks(group: GroupFixture, expected: int) -> dict[str, list[dict[str, str]]]:
+    done = group.admin("doctor", "--json")
+    assert done.returncode == expected, done.stdout + done.stderr
+    found: dict[str, list[dict[str, str]]] = {}
+    for one in json.loads(done.stdout):
+        found.setdefault(one["subject"], []).append(one)
+    return found
+
+
+def bad(found: dict[str, list[dict[str, str]]]) -> set[str]:
+    return {subject for subject, lines in found.items() for line in lines if line["state"] == "bad"}
+
+
+def test_doctor_finds_nothing(shared: GroupFixture) -> None:
+    found = checks(shared, 0)
+    assert bad(found) == set()
+    assert {"versions", "configuration", "journal", "member hsm1", "member hsm2"} <= set(found)
+    assert "python-pkcs11" in found["versions"][-1]["found"]
+    assert "all is well" in shared.admin("doctor").stdout
+    assert "all is well" not in shared.admin("--quiet", "doctor").stdout
+
+
+def test_doctor_names_what_is_wrong(shared: GroupFixture) -> None:
+    shared.take_away("hsm2")
+    try:
+        found = checks(shared, 1)
+    finally:
+        shared.bring_back("hsm2")
+    assert bad(found) == {"member hsm2"}
+    assert all(line["remedy"] for lines in found.values() for line in lines if line["state"] != "ok")
+    pin = shared.folder / "hsm1" / "pin"
+    pin.chmod(0o644)
+    try:
+        found = checks(shared, 1)
+    finally:
+        pin.chmod(0o600)
+    assert str(pin) in found["configuration"][-1]["found"]
+    journal = shared.folder / "journal.db"
+    journal.rename(shared.folder / "away.db")
+    try:
+        assert "journal" in bad(checks(shared, 1))
+    finally:
+        (shared.folder / "away.db").rename(journal)
+    assert bad(checks(shared, 0)) == set()
+
+
+def test_recover(shared: GroupFixture) -> None:
+    shared.take_away("hsm2")
+    run_client(shared, "session.generate_key(KeyType.AES, 256, store=True, label='late')\n")
+    done = shared.admin("recover", "--json")
+    assert done.returncode == 1
+    members = {member["name"]: member for member in json.loads(done.stdout)["members"]}
+    assert members["hsm2"]["owed"] == 1
+    assert members["hsm2"]["reason"]
+    shared.bring_back("hsm2")
+    wait_until(lambda: shared.admin("recover").returncode == 0, "recover")
+    assert plain.labels(shared.members["hsm2"]) == ["late"]
+
+
+def test_watch_refreshes(shared: GroupFixture) -> None:
+    command = [sys.executable, "-m", "hagroup.admin.cli", "--config", str(shared.toml)]
+    command += ["status", "--watch", "--interval", "0.2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        seen = 0
+        for line in watching.stdout:
+            seen += line.startswith("group payments")
+            if seen == 2:
+                break
+        watching.send_signal(signal.SIGINT)
+        _, errors = watching.communicate(timeout=30)
+    assert watching.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_completion() -> None:
+    command = [sys.executable, "-m", "hagroup.admin.cli", "--show-completion", "bash"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "complete" in done.stdout
