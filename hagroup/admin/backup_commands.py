@@ -13,7 +13,7 @@ import typer
 from hagroup.admin.member_commands import opened
 from hagroup.admin.options import DEGRADED, USAGE, Json, PinEnv, PinFile, Yes, confirm, fail, print_json, say
 from hagroup.admin.show import table
-from hagroup.engine import backup
+from hagroup.engine import backup, membership
 from hagroup.errors import ConfigurationError
 
 backup_app = typer.Typer(help="The group's objects in one sealed file, and back.", no_args_is_help=True)
@@ -76,7 +76,8 @@ def backup_restore(
             raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
     found: list[backup.Restored] = []
     with opened((pin_file, pin_env)) as group:
-        backup.restore(group, data, labels=label or [], resurrect=wanted, dry_run=dry_run, told=found.append)
+        with membership.alone(group.journal):
+            backup.restore(group, data, labels=label or [], resurrect=wanted, dry_run=dry_run, told=found.append)
         if not dry_run:
             group.supervisor.sync_now()
     if as_json:

@@ -16,7 +16,10 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         print_json(found)
     else:
-        show.table(("", "what", "found", "remedy"), [(one.state, one.subject, one.found, one.remedy) for one in found])
+        for one in found:
+            print(f"{one.state:7} {one.subject}: {one.found}")
+            if one.remedy:
+                print(f"{'':7} remedy: {one.remedy}")
     wrong = [one for one in found if one.state != examining.OK]
     if not as_json:
         say("all is well" if not wrong else f"{len(wrong)} of {len(found)} checks need a look")

@@ -11,7 +11,7 @@ import typer
 
 from hagroup.admin import commands
 from hagroup.admin.options import DEGRADED, USAGE, Json, chosen_config, fail, print_json, say
-from hagroup.admin.show import table
+from hagroup.admin.show import table, when
 from hagroup.config.load import load
 from hagroup.core.records import Event
 from hagroup.engine import consistency, outstanding
@@ -72,7 +72,7 @@ def _shown(event: Event) -> ShownEvent:
 
 def _line(event: Event) -> tuple[str, str, str, str, str]:
     shown = _shown(event)
-    return str(shown.number), shown.time, shown.event, shown.member or "", shown.text
+    return str(shown.number), when(shown.time), shown.event, shown.member or "", shown.text
 
 
 _COLUMNS = ("number", "time (UTC)", "event", "member", "what")
@@ -156,7 +156,7 @@ def journal_todo(
         lines = [
             (
                 "" if one.number is None else str(one.number),
-                one.date,
+                when(one.date),
                 one.action,
                 *(one.members.get(name, outstanding.NOT_NEEDED) for name in names),
                 "yes" if one.complete else "no",

@@ -30,6 +30,7 @@ from hagroup.admin.options import (
 )
 from hagroup.admin.show import table
 from hagroup.config.load import load
+from hagroup.config.members import absolute_env_value
 from hagroup.config.model import AES_KEY_WRAP_PAD, Isolation, MemberConfig, PinSource, is_softhsm
 from hagroup.config.pins import Pin, pin_source_identity, read_pin_stamped
 from hagroup.core.records import Role
@@ -123,12 +124,13 @@ def member_list(as_json: Json = False) -> None:
 
 
 def _environment(settings: list[str]) -> dict[str, str]:
+    """As hagroup.toml would have them: what looks like a relative path is relative to that file."""
     found = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or not name:
             fail(f"--env {setting}: write NAME=VALUE", USAGE)
-        found[name] = value
+        found[name] = absolute_env_value(value, chosen_config().absolute().parent)
     return found
 
 
@@ -232,7 +234,8 @@ def _add(
         if newcomer.keys is None:
             speaker = membership.sponsor(group)[0].name
             so_pin = pins.read(f"SO PIN of member {speaker}", file=so_options[0], variable=so_options[1])
-        membership.join(group, newcomer, so_pin)
+        with membership.alone(group.journal):
+            membership.join(group, newcomer, so_pin)
     finally:
         life.connection.close()
     say(f"member {config.name} is listed; {group.journal.counts()['live']} objects are brought to it")
@@ -287,14 +290,25 @@ def member_remove(
     The group's keys and objects on its token are destroyed, unless --keep; where it cannot be reached, `journal todo`
     keeps that as outstanding.
     """
+    config = load(chosen_config())
+    if all(member.name != name for member in config.members):
+        with commands.opened_journal(config) as journal:
+            if any(record.name == name for record in journal.members()):
+                if not yes and not confirm(f"Remove member {name}, which hagroup.toml does not have?"):
+                    raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
+                with membership.alone(journal):
+                    leaving.forget(journal, name, lose=lose)
+                say(f"member {name} is removed; NOT destroyed on its token: see `ha-admin journal todo`")
+                raise typer.Exit(DEGRADED)
     with opened((pin_file, pin_env)) as group:
         membership.listed(group, name)
         what = "its keys and objects stay on its token" if keep else "all of the group on its token is destroyed"
         if not yes and not confirm(f"Remove member {name} from group {group.label}? ({what})"):
             raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
-        config = next((member for member in load(chosen_config()).members if member.name == name), None)
-        pin = group.roster.pins.for_member(config) if config is not None else None
-        left = leaving.remove(group, name, pin, keep=keep, lose=lose)
+        mine = next((member for member in config.members if member.name == name), None)
+        pin = group.roster.pins.for_member(mine) if mine is not None else None
+        with membership.alone(group.journal):
+            left = leaving.remove(group, name, pin, keep=keep, lose=lose)
     say(f"member {name} is removed")
     if left.why_not is not None:
         say(f"NOT destroyed on its token: {left.why_not}; see `ha-admin journal todo`")

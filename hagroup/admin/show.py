@@ -18,11 +18,25 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold" if sys.stdout.isatty() else "")
+_WHOLE = frozenset(
+    (
+        *("member", "serial", "role", "state", "membership", "missing", "stale", "delete", "unmanaged", "uid"),
+        *("number", "event", "complete", "time (UTC)", "date (UTC)"),
+    )
+)
+"""Columns that stay in one piece, to be read and copied; the others give way on a narrow terminal."""
+
+
+def _table(*columns: str, padding: tuple[int, int] = (0, 1)) -> Table:
+    table = Table(box=None, pad_edge=False, padding=padding, header_style="bold" if sys.stdout.isatty() else "")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in _WHOLE)
     return table
+
+
+def when(rfc3339: str) -> str:
+    """A time in UTC as people read it."""
+    return rfc3339.replace("T", " ").removesuffix("+00:00")
 
 
 def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
@@ -43,7 +57,7 @@ def status(found: Status) -> None:
     console.print(f"journal {found.journal.url}: {'ok' if found.journal.ok else 'not reachable'}")
     console.print(f"{found.objects} objects, {found.tombstones} tombstones")
     console.print()
-    lines = _table("member", "serial", "role", "state", "missing", "stale", "to delete", "why / since")
+    lines = _table("member", "serial", "role", "state", "missing", "stale", "delete", "unmanaged")
     for member in found.members:
         lines.add_row(
             member.name,
@@ -53,10 +67,18 @@ def status(found: Status) -> None:
             str(member.missing),
             str(member.stale),
             str(member.pending_deletes),
-            member.reason or member.since,
+            "?" if member.unmanaged is None else str(member.unmanaged),
             style=_STYLES.get(member.state),
         )
     console.print(lines)
+    for member in found.members:
+        if member.reason is not None:
+            since = "" if member.state == "failed" else f" (since {when(member.since)} UTC)"
+            console.print(
+                f"{member.name}: {member.state}{since}: {member.reason}",
+                style=_STYLES.get(member.state),
+                soft_wrap=True,
+            )
 
 
 def sync(done: Synced) -> None:

@@ -12,7 +12,7 @@ from hagroup.admin.options import DEGRADED, chosen_config, print_json, say
 from hagroup.admin.show import table
 from hagroup.config.load import load
 from hagroup.engine import adopt as adopting
-from hagroup.engine import plan
+from hagroup.engine import membership, plan
 
 
 def dry_run(*, as_json: bool) -> int:
@@ -31,7 +31,8 @@ def dry_run(*, as_json: bool) -> int:
 
 def adopt(*, pin: tuple[Path | None, str | None], label: str | None, as_json: bool) -> None:
     with opened(pin) as group:
-        done = adopting.adopt(group, only=label)
+        with membership.alone(group.journal):
+            done = adopting.adopt(group, only=label)
         group.supervisor.sync_now()
     refused = [one for one in done if one.refused is not None]
     if as_json:

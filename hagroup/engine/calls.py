@@ -78,10 +78,13 @@ class Caller:
                 except CONNECTION_LOST as error:
                     self._roster.lost(member, life, str(error))
                     attempt.lost(member, error)
-                except Missing:
-                    for item in objects:
-                        item.missing(member)
-                    attempt.not_there(member)
+                except Missing as error:
+                    if error.uid is not None and self._roster.look_again(member, life, error.uid):
+                        attempt.come_back(member)
+                    else:
+                        for item in objects:
+                            item.missing(member)
+                        attempt.not_there(member)
             finally:
                 self._roster.done(member)
             if again is not None:
@@ -201,8 +204,14 @@ class _Attempt:
         """Its connection ended: in this call, or before it, which tells nothing of this call and counts as no death."""
         if getattr(error, "sent", not isinstance(error, StaleGeneration)):
             self._come_back.add(member.name)
+            self._refound.add(member.name)
             self.died(member, error)
-        elif member.name in self._refound:
+        else:
+            self.come_back(member)
+
+    def come_back(self, member: Member) -> None:
+        """Its connection is made anew, and it may be asked again in this call, once."""
+        if member.name in self._refound:
             self._tried.add(member.name)
         self._refound.add(member.name)
 

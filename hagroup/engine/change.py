@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -68,6 +68,9 @@ class Changer:
         if found is None:
             raise Ckr(CKR.OBJECT_HANDLE_INVALID, "C_SetAttributeValue")
         old = found.record
+        if self._just_changing(uid, found.members):
+            self._group.follow()
+            raise _Overtaken
         after = self._changed(old, new, logged_in=logged_in)
         try:
             intent, targets = self._group.replication.begin(
@@ -99,6 +102,15 @@ class Changer:
         except BaseException:
             self._group.supervisor.unresolved(intent.id)
             raise
+
+    def _just_changing(self, uid: bytes, present: Collection[str]) -> bool:
+        """No member is known to have the object in its present state, for somebody is just asking them for it."""
+        targets = {member.name for member, _ in self._group.replication.targets()}
+        if not targets or not targets.isdisjoint(present):
+            return False
+        copies, owed = self._journal.placement(uid)
+        asked = any(row.owner is not None and self._journal.owner_alive(row.owner) for row in owed.values())
+        return asked or not targets.isdisjoint(copies.keys() - owed.keys())
 
     def _mirror(self, after: ObjectRecord, intent: Intent, targets: Sequence[tuple[Member, Life]]) -> None:
         """Under the intent, so that two changes do not overtake each other there; where it fails, nobody was asked."""
@@ -212,6 +224,8 @@ class Changer:
         """Tombstone first; then wherever it may be; then return (G2)."""
         record = item.record
         uid = record.uid
+        if self._group.mirror is not None:
+            self._group.mirror.put([record])  # changes nothing there; refused before anything is destroyed
         try:
             (tombstone, rows), targets = self._group.replication.begin(
                 [uid],
@@ -227,10 +241,12 @@ class Changer:
             except JournalUnavailable as error:
                 not_mirrored = error
 
+        again: list[Member] = []
+
         def ask(member: Member, life: Life) -> None:
             try:
                 if member.name in owed:
-                    self._group.replicator.destroy(
+                    result = self._group.replicator.destroy(
                         member,
                         life,
                         uid,
@@ -239,11 +255,15 @@ class Changer:
                         record.attributes,
                         tombstone.change,
                     )
+                    if result.outcome is Outcome.UNKNOWN and result.error is None:
+                        again.append(member)
             finally:
                 self._group.replication.ended(member, [uid])
 
         futures = {self._roster.submit(ask, member, life): (member, life) for member, life in targets}
         self._group.replication.wait_for(futures)
+        if again:
+            self._group.supervisor.finish(again)
         if not_mirrored is not None:
             raise not_mirrored
         log.info("object.destroyed", label=record.attributes.get(CKA.LABEL, b"").decode(errors="replace"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from hagroup.config.logging import get_logger
 from hagroup.core.attributes import CKA
 from hagroup.core.calls import Ckr
@@ -13,8 +15,12 @@ from hagroup.members.api import Connection
 log = get_logger(__name__)
 
 
-def sweep(connection: Connection, journal: Journal, member: str, *, timeout: float) -> bool:
+def sweep(
+    connection: Connection, journal: Journal, member: str, *, mine: Collection[bytes] = (), timeout: float
+) -> bool:
     """Destroy the ghosts on a token. False: not now, somebody is writing there, and one may be what he writes.
+
+    :param mine: UIDs of rows that the caller claimed, and has asked for nothing yet.
 
     The order counts: what was a ghost before nobody was found writing, and is one still, will not become an object.
     """
@@ -23,7 +29,9 @@ def sweep(connection: Connection, journal: Journal, member: str, *, timeout: flo
     if not found:
         return True
     for row in journal.owed(member):
-        if any(one.doubt_since is None and journal.owner_alive(one.owner) for one in row.attempts):
+        if row.uid not in mine and any(
+            one.doubt_since is None and journal.owner_alive(one.owner) for one in row.attempts
+        ):
             return False
     for handle in found:
         try:

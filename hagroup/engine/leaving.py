@@ -25,6 +25,7 @@ from hagroup.engine.membership import NOT_CHANGED, listed, only_there, others_se
 from hagroup.engine.roster import CONNECTION_LOST, open_life
 from hagroup.engine.token_contents import InventoryEntry, inventory
 from hagroup.errors import ConfigurationError, HAError
+from hagroup.journal.api import Journal
 from hagroup.members import ModuleProblem
 from hagroup.members.api import Connection
 
@@ -79,6 +80,17 @@ def _told(left: Left, record: MemberRecord, *, keep: bool) -> str:
     return f"{left.destroyed} objects of the group destroyed on its token ({record.serial})"
 
 
+def forget(journal: Journal, name: str, *, lose: bool) -> None:
+    """Out of the group by the journal alone: hagroup.toml does not have it (any more), so no program can start."""
+    record = next(record for record in journal.members() if record.name == name)
+    if not any(other.name != name and other.membership is Membership.ADMITTED for other in journal.members()):
+        raise ConfigurationError(f'no other member than "{name}" is in the group: it would be lost{NOT_CHANGED}')
+    _refuse_loss(journal, name, lose=lose)
+    journal.remove_member(name)
+    left = Left(0, 0, "it is not in hagroup.toml")
+    journal.event("member removed", _told(left, record, keep=False), member=name, data={f"member:{name}": "to do"})
+
+
 def _refuse(group: GroupEngine, name: str, *, lose: bool) -> None:
     if not others_serve(group, name):
         raise ConfigurationError(f'no other member than "{name}" serves now: the group would be lost{NOT_CHANGED}')
@@ -89,7 +101,11 @@ def _refuse(group: GroupEngine, name: str, *, lose: bool) -> None:
             f"{config.path}: [group] min_replicas = {config.group.min_replicas} cannot be kept with the {holders} "
             f"members that would be left: lower it first{NOT_CHANGED}"
         )
-    alone = only_there(group, name)
+    _refuse_loss(group.journal, name, lose=lose)
+
+
+def _refuse_loss(journal: Journal, name: str, *, lose: bool) -> None:
+    alone = only_there(journal, name)
     if alone and not lose:
         shown = ", ".join(alone[:5]) + (" …" if len(alone) > 5 else "")
         raise ConfigurationError(

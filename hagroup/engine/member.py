@@ -133,6 +133,11 @@ class Member:
 class Missing(Exception):
     """The object is not on this member although the journal has it there."""
 
+    def __init__(self, uid: bytes | None = None) -> None:
+        super().__init__()
+        self.uid = uid
+        """The token object of which nothing was found."""
+
 
 class Usable(Protocol):
     """An object that an operation uses: a token object of the journal or a session object of this process."""

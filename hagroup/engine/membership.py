@@ -7,7 +7,8 @@ interrupted is completed by the same call again: what is there already is found,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -37,6 +38,7 @@ from hagroup.members import ModuleProblem
 log = get_logger(__name__)
 
 NOT_CHANGED = "; nothing was changed"
+_ADMINISTRATION = 3600.0
 JOIN_TIMEOUT = 600.0
 """Seconds that a member may take to be brought up to date; it goes on in the background of whoever runs after that."""
 
@@ -64,6 +66,23 @@ class Newcomer(msgspec.Struct, frozen=True):
         return DomainMember(
             connection=self.life.connection, name=self.config.name, wrap_mechanism=self.config.wrap_mechanism
         )
+
+
+@contextmanager
+def alone(journal: Journal) -> Iterator[None]:
+    """One administrator at a time for what takes several steps; a dead one's right ends at once.
+
+    :raises GroupUnavailable: another one is at work.
+    """
+    lease = journal.acquire_lease("administration", ttl=_ADMINISTRATION)
+    if lease is None:
+        raise GroupUnavailable(
+            f"another ha-admin is changing the group just now: try again when it is done{NOT_CHANGED}"
+        )
+    try:
+        yield
+    finally:
+        journal.release_lease(lease)
 
 
 # -- pre-flight ----------------------------------------------------------------------------------------------------
@@ -403,13 +422,13 @@ def _unknown(name: str, members: Iterable[str]) -> ConfigurationError:
     return ConfigurationError(f"the group has no member {name!r}; its members are: {', '.join(members)}")
 
 
-def only_there(group: GroupEngine, name: str) -> list[str]:
+def only_there(journal: Journal, name: str) -> list[str]:
     """Labels of live objects that no other member has in their current revision."""
     alone = []
-    for record in group.journal.objects():
+    for record in journal.objects():
         if record.state is not ObjectState.LIVE:
             continue
-        copies, owed = group.journal.placement(record.uid)
+        copies, owed = journal.placement(record.uid)
         if not any(
             other != name and copy.revision == record.revision and other not in owed for other, copy in copies.items()
         ):

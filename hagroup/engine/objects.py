@@ -62,7 +62,7 @@ class TokenObject:
             timeout=self._timeout,
         )
         if len(found) != 1:  # never the first of several (DESIGN.md 4.4)
-            raise Missing
+            raise Missing(None if found else self.uid)
         life.handles[self.uid] = found[0]
         return found[0]
 

@@ -90,4 +90,4 @@ def _reason(journal: Journal, member: MemberRecord, row: OwedRow, copy: Copy | N
 
 
 def _time(wall: float) -> str:
-    return datetime.fromtimestamp(wall, UTC).isoformat(timespec="seconds")
+    return datetime.fromtimestamp(wall, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -287,8 +287,8 @@ def remove(
     timeout: float,
     claimed: Callable[[Locator], bool] | None = None,
     choose: Callable[[list[Handle]], list[Handle]] | None = None,
-) -> None:
-    """Destroy the object wherever it may be on this member, and its records there.
+) -> bool:
+    """Destroy the object wherever it may be on this member, and its records there. False: there was none.
 
     :param choose: which of those found may go, where other objects of the group may have the same value in that place.
     """
@@ -296,6 +296,7 @@ def remove(
     for handle in found if choose is None else choose(found):
         _destroy(connection, handle, timeout=timeout)
     drop_records(connection, uid, timeout=timeout)
+    return bool(found)
 
 
 def discard(connection: Connection, record: ObjectRecord, old: Sequence[Handle], *, timeout: float) -> None:

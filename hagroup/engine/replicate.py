@@ -293,6 +293,8 @@ class Replicator:
                 timeout=self._timeout,
             )
             if len(handles) != 1:
+                if not handles:
+                    self._roster.look_again(member, life, old.uid)
                 self._journal.give_up([row], doubt=False, kind=OwedKind.SET)
                 self._journal.owe([(*row, OwedKind.INSTALL)])
                 return Result(member.name, Outcome.UNKNOWN)
@@ -356,7 +358,7 @@ class Replicator:
         try:
             manifest.raise_high(self._view, member, life, change, timeout=self._timeout)
             life.handles.pop(uid, None)
-            replica.remove(
+            found = replica.remove(
                 life.connection,
                 uid,
                 list(locators),
@@ -375,6 +377,9 @@ class Replicator:
             doubt = unknown and not self._answered(member, error)
             self._give_up([(member.name, uid)], doubt=doubt, reason=reason, kind=OwedKind.DESTROY)
             return Result(member.name, Outcome.UNKNOWN if unknown else Outcome.REFUSED, error)
+        if not found and life.began < change and self._roster.look_again(member, life, uid):
+            self._journal.give_up([(member.name, uid)], doubt=False, kind=OwedKind.DESTROY)
+            return Result(member.name, Outcome.UNKNOWN)
         if not self._confirm([Confirmation(member=member.name, uid=uid, kind=OwedKind.DESTROY)], lease)[0]:
             # The lease was lost: it is gone from there, but somebody else has to say so.
             self._journal.give_up([(member.name, uid)], doubt=False, kind=OwedKind.DESTROY)
@@ -400,6 +405,8 @@ class Replicator:
             )
         except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
             self._is_unknown(member, life, error)
+            return False
+        if not handles and self._roster.look_again(member, life, uid):
             return False
         return len(handles) != 1
 

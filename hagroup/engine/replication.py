@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +14,7 @@ from hagroup.core.calls import Ckr
 from hagroup.core.records import Intent, ObjectRecord
 from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Outcome, Result
-from hagroup.errors import GroupReadOnly, GroupUnavailable, HAError, JournalMismatch
+from hagroup.errors import GroupReadOnly, GroupUnavailable, HAError, JournalMismatch, JournalUnavailable
 from hagroup.journal.api import Asking, NoLongerLive, StaleMembership
 
 if TYPE_CHECKING:
@@ -126,10 +127,19 @@ class Replication:
         if mirror is not None:
             mirror.put(records)
         uids = [record.uid for record in records]
-        intent, targets = self.begin(
-            uids,
-            lambda asking, revision: self._journal.begin_create(records, asking=asking, membership_revision=revision),
-        )
+        try:
+            intent, targets = self.begin(
+                uids,
+                lambda asking, revision: self._journal.begin_create(
+                    records, asking=asking, membership_revision=revision
+                ),
+            )
+        except BaseException:
+            if mirror is not None:  # nothing was begun: a rebuilt journal must not bring them to life
+                with contextlib.suppress(JournalUnavailable):
+                    for uid in uids:
+                        mirror.drop(uid)
+            raise
         try:
             # Two processes may have imported one certificate at once: the journal told them apart.
             apart = [self._told_apart(record) for record in records]

@@ -171,12 +171,7 @@ class Resync:
         order = {OwedKind.DESTROY: 0, OwedKind.INSTALL: 1, OwedKind.SET: 2}
         rows = sorted(self.due(member), key=lambda row: (order[row.kind], row.change))
         self._replicator.own_up(rows)
-        if any(self._over(member, row) for row in rows):
-            self._haunted.add(member.name)
-        if member.name in self._haunted and ghosts.sweep(
-            life.connection, self._journal, member.name, timeout=self._timeout
-        ):
-            self._haunted.discard(member.name)
+        self._sweep(member, life)
         for start in range(0, len(rows), BATCH):
             batch = self._in_flight.take((row.member, row.uid) for row in rows[start : start + BATCH])
             try:
@@ -196,6 +191,9 @@ class Resync:
         )
         waiting = list(claimed)
         try:
+            if any(self._over(member, row) for row in claimed):  # it left what it may have left: nothing more comes
+                self._haunted.add(member.name)
+            self._sweep(member, life, [row.uid for row in claimed])
             while waiting and member.life is life:
                 if lease.expires - self._clock.boot() < LEASE / 2:
                     lease = self._journal.renew_lease(lease, ttl=LEASE)
@@ -208,6 +206,13 @@ class Resync:
                 self._journal.give_up([(row.member, row.uid)], doubt=False, kind=row.kind)
         return lease
 
+    def _sweep(self, member: Member, life: Life, mine: Sequence[bytes] = ()) -> None:
+        """:param mine: claimed by this thread, which has asked for nothing yet."""
+        if member.name in self._haunted and ghosts.sweep(
+            life.connection, self._journal, member.name, mine=mine, timeout=self._timeout
+        ):
+            self._haunted.discard(member.name)
+
     def _carry_out(self, member: Member, life: Life, row: OwedRow, lease: Lease) -> bool:
         """One claimed row. True when it is finished (or nothing was to be done)."""
         over = self._over(member, row)  # before the member is searched: one that executes until then is found
@@ -219,6 +224,11 @@ class Resync:
                 self._journal.give_up([(row.member, row.uid)], doubt=False, kind=row.kind)
                 return record is None
             anew = row.locators if self._may_be_there(row) else ()
+            if any(a.asked >= life.started and a.worker != life.worker for a in row.unanswered) and (
+                self._roster.look_again(member, life, row.uid)  # what another worker made may be hidden from this one
+            ):
+                self._journal.give_up([(row.member, row.uid)], doubt=False, kind=row.kind)
+                return False
             if row.kind is OwedKind.SET:
                 manifest.raise_high(self._view, member, life, row.change, timeout=self._timeout)
             result = self._replicator.install(member, life, [record], anew=anew, kind=row.kind, lease=lease)

@@ -49,6 +49,8 @@ started again and again without a pause."""
 _SOON = 0.5
 """A connection attempt that is this near is worth waiting for."""
 _LONGEST_REST = 30.0
+_MISSED_LATELY = 60.0
+_MOST_MISSED = 1000
 PIN_CHANGED = "pin changed"
 """Kind of the event that tells other processes that the PIN they hold is an old one."""
 
@@ -281,6 +283,32 @@ class Roster:
         self.on_lost(member)
         self.wake()
 
+    def look_again(self, member: Member, life: Life, uid: bytes) -> bool:
+        """An object was not found. True: its connection was ended, to be asked again in the next one. False: it was
+        looked for in a new one already, and is not there.
+
+        A module may be behind what other processes did to the token: SoftHSM reads the token's folder again only when a
+        counter in it moved, and takes another's move for its own if it writes itself before it looks.
+        """
+        with self.changed:
+            earlier = member.missed.get(uid)
+            if earlier is not None and earlier != life.started and life.started - earlier < _MISSED_LATELY:
+                return False
+            if len(member.missed) > _MOST_MISSED:
+                member.missed.clear()
+            member.missed[uid] = life.started
+            if member.life is not life:
+                return True
+            member.life = None
+            member.reason = "connected anew, to look for an object again"
+            member.happened(Event.LOST)
+            member.next_attempt = 0.0
+            self.changed.notify_all()
+        log.info("member.looked-at-again", member=member.name)
+        self.submit(life.connection.close)
+        self.wake()
+        return True
+
     def bury_the_dead(self) -> None:
         """A worker that died while nobody called it is noticed all the same."""
         for member in list(self.members.values()):
@@ -387,6 +415,7 @@ class Roster:
         life: Life | None = None
         try:
             record = self.view.members[member.name]
+            started, began = self.clock.boot(), self.view.group.change
             life = open_life(
                 member.config,
                 self.journal,
@@ -394,6 +423,7 @@ class Roster:
                 timeout=self.config.timeouts.call,
                 serial=record.serial,
             )
+            life.started, life.began = started, began
             self._check(member, life)
         except (MemberQuarantined, DomainMismatch, manifest.OtherGroup) as error:
             self._drop(life)

@@ -190,6 +190,15 @@ class Supervisor:
             if self._ready(member) and self._take(member, self._roster.config.timeouts.call):
                 self._resync_task(member)
 
+    def finish(self, members: list[Member]) -> None:
+        """Members that are being connected anew do what they owe before this returns, within a call's bound."""
+
+        def there() -> bool:
+            return all(member.serving or not self._roster.may_come(member) for member in members)
+
+        self._roster.wait_for_change(self._roster.config.timeouts.call, there)
+        self.clean_now()
+
     def recover_now(self) -> None:
         """An intent of a dead process stands in the way."""
         self.resync.recover_intents()

@@ -12,8 +12,10 @@ import pytest
 import hagroup as pkcs11
 from hagroup import KeyType, Mechanism
 from hagroup.core.calls import Template
+from hagroup.core.records import Membership
 from hagroup.engine.challenge import DomainMember
 from hagroup.engine.joining import import_domain
+from hagroup.engine.leaving import BEING_REMOVED
 from hagroup.journal import open_journal
 from tests.integration.replica_support import connect
 from tests.support import plain
@@ -182,7 +184,60 @@ def test_removed_while_away_is_left_to_do(group: GroupFixture) -> None:
     refused = group.admin("member", "remove", "hsm2", "--yes")
     assert refused.returncode == 2
     assert "min_replicas" in refused.stderr
+    text = group.toml.read_text()
+    group.toml.write_text(text[: text.rindex("[[member]]")].replace("min_replicas = 2", "min_replicas = 1"))
+    assert "member remove" in group.admin("sync").stderr  # the file is older than the group, it seems
+    assert group.admin("member", "remove", "hsm2", "--yes").returncode == 1
     assert group.admin("status").returncode == 0
     todo = group.admin("journal", "todo")
     assert todo.returncode == 1
     assert "hsm3" in todo.stdout
+
+
+def test_interrupted_and_back_again(group: GroupFixture) -> None:
+    """What was cut off in the middle is completed by the same command; a kept token comes back without its SO."""
+    run_client(group, "session.generate_keypair(KeyType.RSA, 2048, store=True, label='signer')\n")
+    member = group.members["hsm3"]
+    section = group.toml.read_text()[group.toml.read_text().rindex("[[member]]") :]
+    url = f"sqlite:{group.folder / 'journal.db'}"
+    assert group.admin("member", "remove", "hsm3", "--keep", "--yes").returncode == 0
+    assert plain.labels(member) == ["signer", "signer"]
+    group.toml.write_text(f"{group.toml.read_text()}\n{section}")  # as if it ended after the section was written
+    arguments = ["member", "add", "hsm3", "--module", member["module"], "--token-serial", member["serial"]]
+    arguments += ["--env", "SOFTHSM2_CONF=hsm3/softhsm2.conf", "--pin-file", str(group.folder / "hsm3" / "pin")]
+    done = group.admin(*arguments, "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "shares both" in done.stdout
+    assert plain.labels(member) == ["signer", "signer"]
+    verified = group.admin("verify")
+    assert verified.returncode == 0, verified.stdout
+    assert group.admin(*arguments, "--yes").returncode == 2  # it is in the group already
+
+    journal = open_journal(url)  # as if a removal ended before the token was wiped
+    journal.update_member("hsm3", draining=True)
+    journal.update_member("hsm3", membership=Membership.QUARANTINED, reason=BEING_REMOVED)
+    journal.close()
+    assert "member remove" in group.admin("status").stdout
+    done = group.admin("member", "remove", "hsm3", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert own_labels(group, "hsm3", member) == []
+    assert names(group) == ["hsm1", "hsm2"]
+    assert group.admin("status").returncode == 0
+
+
+def test_two_administrators_at_once(new_group: Callable[..., GroupFixture]) -> None:
+    group = new_group(members=2)
+    token = new_token(group, "hsm3")
+    journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
+    try:
+        assert journal.acquire_lease("administration", ttl=60.0) is not None
+        done = add(group, "hsm3", token)
+        assert done.returncode == 3
+        assert "another ha-admin" in done.stderr
+        assert names(group) == ["hsm1", "hsm2"]
+        assert _objects(token) == 0
+    finally:
+        journal.close()  # it ends, however long its right would have lasted
+    done = add(group, "hsm3", token)
+    assert done.returncode == 0, done.stderr
+    assert names(group) == ["hsm1", "hsm2", "hsm3"]

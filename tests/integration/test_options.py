@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import hagroup as pkcs11
-from hagroup import Attribute, KeyType, Mechanism
+from hagroup import Attribute, KeyType, Mechanism, bootstrap
 from hagroup.core.records import Observation
 from hagroup.engine.supervisor import doubted
 from hagroup.errors import GroupReadOnly, GroupUnavailable, JournalUnavailable
@@ -318,21 +318,22 @@ def test_what_two_others_saw_is_looked_at_and_not_believed(new_group: Any) -> No
             return bool(probe(member, life, stalled))
 
         mine.roster.probe = noted
-        witness = (
-            "import time\n"
-            "from hagroup.core.records import Observation\n"
-            "journal = lib.group.journal\n"
-            "journal.observe([Observation(member=sys.argv[1], observer=journal.owner, site=None, ok=False,\n"
-            "    kind='test', boot_time=lib.group.clock.boot())])\n"
-        )
-        from tests.support.clients import background_client  # a client that stays until it is told to go
-
-        with background_client(group, witness, "hsm2"):
-            mine.supervisor.tick()
-            assert probed == [], "one witness is none"
-            with background_client(group, witness, "hsm2"):
-                wait_until(lambda: ("hsm2", False) in probed, "a look at hsm2", timeout=20)
-                session.generate_random(8)
-                assert {name for name, _ in probed} == {"hsm2"}
-                in_service(session, "hsm1", "hsm2", "hsm3")
-                assert mine.roster.members["hsm2"].rests == 0, "no call of ours stalled: it is not spared"
+        others = [bootstrap.open_group(group.toml), bootstrap.open_group(group.toml)]
+        try:
+            for other in others:
+                other.supervisor.settle()
+            for number, other in enumerate(others):
+                later = mine.clock.boot() + 1.0  # than any success of ours
+                other.journal.observe([seen("hsm2", other.journal.owner, later)])
+                mine.supervisor.tick()
+                if number == 0:
+                    assert probed == [], "one witness is none"
+            assert probed == [], "our own success is fresher than a heartbeat"
+            wait_until(lambda: probed, "a look at hsm2", timeout=20)
+            session.generate_random(8)
+            assert set(probed) == {("hsm2", False)}
+            in_service(session, "hsm1", "hsm2", "hsm3")
+            assert mine.roster.members["hsm2"].rests == 0, "no call of ours stalled: it is not spared"
+        finally:
+            for other in others:
+                other.close()

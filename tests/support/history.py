@@ -221,14 +221,18 @@ class History:
         def look(one: Client) -> list[bytes]:
             return one.ready().find({})
 
+        before = self._live()
         outcome, found = self.call(client, look)
-        if outcome != "done" or self.simulation.depth:
-            return
-        self._same_answer(found)
+        if outcome == "done" and not self.simulation.depth:
+            self._same_answer(found, before)
 
-    def _same_answer(self, found: list[bytes]) -> None:
-        live = {record.uid for record in self.simulation.journal.objects() if record.state is ObjectState.LIVE}
-        if set(found) != live:
+    def _live(self) -> set[bytes]:
+        return {record.uid for record in self.simulation.journal.objects() if record.state is ObjectState.LIVE}
+
+    def _same_answer(self, found: list[bytes], before: set[bytes]) -> None:
+        """:param before: what was live when the search began: somebody may have come in between."""
+        live = self._live()
+        if not before & live <= set(found) <= before | live or len(set(found)) != len(found):
             raise Broken(f"a search shows {len(found)} objects where the journal has {len(live)}")
 
     def tick(self, client: int, _: int, __: int) -> None:
@@ -491,7 +495,7 @@ class History:
             outcome, found = self.call(number, lambda one: one.ready().find({}))
             if outcome != "done":
                 raise Broken(f"all is well, and a search fails: {found!r}")
-            self._same_answer(found)
+            self._same_answer(found, self._live())
             for which in range(len([one for one in self.things if one.mechanism is not None])):
                 self.sign(number, which, 0)
 
