@@ -7,6 +7,7 @@ from pathlib import Path
 from hagroup.config.load import load
 from hagroup.config.model import GroupConfig
 from hagroup.core.clock import Clock
+from hagroup.core.records import GroupRecord
 from hagroup.engine.group import GroupEngine
 from hagroup.errors import ConfigurationError, JournalMismatch
 from hagroup.journal import open_journal
@@ -23,6 +24,17 @@ def open_group(path: str | Path, *, clock: Clock | None = None) -> GroupEngine:
     return start_group(load(Path(path)), clock=clock)
 
 
+def check_serial(config: GroupConfig, group: GroupRecord) -> None:
+    """
+    :raises JournalMismatch: the journal that the configuration names is another group's.
+    """
+    if group.serial != config.group.serial:
+        raise JournalMismatch(
+            f"{config.path}: [group] serial is {config.group.serial}, but the journal {config.journal.url} "
+            f"belongs to group {group.label} ({group.serial}); correct [journal] url or [group] serial"
+        )
+
+
 def start_group(config: GroupConfig, *, clock: Clock | None = None) -> GroupEngine:
     """The same for a configuration that was read already."""
     clock = clock or SystemClock()
@@ -34,11 +46,7 @@ def start_group(config: GroupConfig, *, clock: Clock | None = None) -> GroupEngi
     journal = open_journal(str(config.journal.url), clock=clock)
     try:
         group, members = journal.view()
-        if group.serial != config.group.serial:
-            raise JournalMismatch(
-                f"{config.path}: [group] serial is {config.group.serial}, but the journal {config.journal.url} "
-                f"belongs to group {group.label} ({group.serial}); correct [journal] url or [group] serial"
-            )
+        check_serial(config, group)
         configured = {member.name for member in config.members}
         unknown = [member.name for member in members if member.name not in configured]
         if unknown:

@@ -6,10 +6,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
+from rich.console import Console
 
 from hagroup.admin import commands, show, sync_commands
 from hagroup.admin.backup_commands import backup_app
@@ -104,7 +104,7 @@ def status(
             print_json(found)
         else:
             if watch and sys.stdout.isatty():
-                click.clear()
+                Console().clear()
             show.status(found)
         if not watch:
             break
@@ -171,6 +171,12 @@ def objects(
         show.objects(found)
 
 
+STOPPED = 130
+"""By Ctrl-C, as shells have it."""
+_UsageError: Any = typer.BadParameter.__mro__[1]
+"""By way of typer: its newer versions bring a click of their own, and need no other."""
+
+
 def main() -> None:
     """Entry point: an error of ours or of a library is one sentence on standard error, never a traceback."""
     try:
@@ -181,20 +187,17 @@ def main() -> None:
     except (ModuleProblem, MemberGone, DeadlinePassed, Ckr) as error:
         print(f"ha-admin: {error}", file=sys.stderr)
         status = UNREACHABLE
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         print("ha-admin: stopped; run the same command again to complete it", file=sys.stderr)
-        status = USAGE
-    except click.ClickException as error:
+        status = STOPPED
+    except _UsageError as error:
         error.show()
         status = USAGE
-    except KeyboardInterrupt:
-        print("ha-admin: stopped; run the same command again to complete it", file=sys.stderr)
-        status = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = FINE
     except OSError as error:
-        print(f"ha-admin: {error.strerror}: {error.filename}", file=sys.stderr)
+        print(f"ha-admin: {error}", file=sys.stderr)
         status = USAGE
     sys.exit(status or FINE)
 

@@ -11,7 +11,7 @@ import msgspec
 from hagroup import bootstrap
 from hagroup.admin import pins
 from hagroup.config.load import load
-from hagroup.config.model import GroupConfig
+from hagroup.config.model import GroupConfig, MemberConfig
 from hagroup.config.pins import Pin, pin_source_identity, pin_source_stamp, read_pin_stamped
 from hagroup.core.attributes import CKA, CKK, CKO
 from hagroup.core.states import State
@@ -19,9 +19,10 @@ from hagroup.engine import replica
 from hagroup.engine import setup as group_setup
 from hagroup.engine import status as group_status
 from hagroup.engine.group import GroupEngine
-from hagroup.engine.login import APPLICATION
+from hagroup.engine.login import APPLICATION, log_in
+from hagroup.engine.member import Life, Member
 from hagroup.engine.roster import open_life
-from hagroup.errors import ConfigurationError, GroupUnavailable
+from hagroup.errors import ConfigurationError, GroupUnavailable, JournalUnavailable
 from hagroup.journal import Journal, open_journal
 from hagroup.journal.clock import SystemClock
 
@@ -114,6 +115,7 @@ def opened_journal(config: GroupConfig) -> Iterator[Journal]:
         )
     journal = open_journal(str(config.journal.url), clock=SystemClock())
     try:
+        bootstrap.check_serial(config, journal.group())
         yield journal
     finally:
         journal.close()
@@ -121,13 +123,11 @@ def opened_journal(config: GroupConfig) -> Iterator[Journal]:
 
 def status(path: Path) -> group_status.Status:
     config = load(path)
-    if config.group.serial is None:
-        raise ConfigurationError(f"{path}: the group was not created yet; run `ha-admin --config {path} group create`")
-    journal = open_journal(str(config.journal.url), clock=SystemClock())
     try:
-        return group_status.gather(config, journal)
-    finally:
-        journal.close()
+        with opened_journal(config) as journal:
+            return group_status.gather(config, journal)
+    except JournalUnavailable as error:
+        return group_status.without_journal(config, str(error))
 
 
 def _logged_in(path: Path, options: PinOptions) -> GroupEngine:
@@ -174,15 +174,11 @@ def recover(path: Path, *, pin: PinOptions) -> Synced:
 
 def group_objects(path: Path) -> list[ObjectLine]:
     """The group's objects, from the journal."""
-    config = load(path)
-    journal = open_journal(str(config.journal.url), clock=SystemClock())
-    try:
+    with opened_journal(load(path)) as journal:
         return [
             _line(record.object_class, record.key_type, record.attributes, f"{record.uid.hex()} {record.state.value}")
             for record in journal.objects()
         ]
-    finally:
-        journal.close()
 
 
 def member_objects(path: Path, name: str, *, pin: PinOptions) -> list[ObjectLine]:
@@ -192,21 +188,16 @@ def member_objects(path: Path, name: str, *, pin: PinOptions) -> list[ObjectLine
     if member is None:
         known = ", ".join(member.name for member in config.members)
         raise ConfigurationError(f"{path} has no member {name!r}; its members are: {known}")
-    journal = open_journal(str(config.journal.url), clock=SystemClock())
     timeout = config.timeouts.generate
-    try:
+    with opened_journal(config) as journal:
         serials = {record.name: record.serial for record in journal.members()}
         life = open_life(member, journal, generation=1, timeout=timeout, serial=serials.get(name))
         try:
             secret = _user_pins(msgspec.structs.replace(config, members=(member,)), pin)[name]
-            life.connection.login(CKU_USER, secret.reveal(), timeout=timeout)
+            _log_in(journal, member, life, secret, timeout=timeout)
             entries = replica.inventory(life.connection, timeout=timeout)
         finally:
             life.connection.close()
-    finally:
-        journal.close()
-    if not entries:
-        return []
     return [
         _line(
             entry.locator.object_class,
@@ -216,6 +207,15 @@ def member_objects(path: Path, name: str, *, pin: PinOptions) -> list[ObjectLine
         )
         for entry in entries
     ]
+
+
+def _log_in(journal: Journal, config: MemberConfig, life: Life, pin: Pin, *, timeout: float) -> None:
+    """As programs do it: what was refused from a PIN source is not tried again (G10)."""
+    member = Member(config, rank=(0, 0), standby=False)
+    source, stamp = APPLICATION, ""
+    if config.pin is not None:
+        source, stamp = pin_source_identity(config.pin), pin_source_stamp(config.pin)
+    log_in(journal, member, life, pin, source, stamp, automatic=config.pin is not None, timeout=timeout)
 
 
 def _line(object_class: int, key_type: int | None, attributes: dict[int, bytes], note: str) -> ObjectLine:

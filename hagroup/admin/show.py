@@ -55,6 +55,8 @@ def status(found: Status) -> None:
         f"group {group.label} ({group.serial}): {group.state}, {sync}", style=_STYLES.get(group.state, "yellow")
     )
     console.print(f"journal {found.journal.url}: {'ok' if found.journal.ok else 'not reachable'}")
+    if found.journal.reason:
+        console.print(found.journal.reason, style="red")
     console.print(f"{found.objects} objects, {found.tombstones} tombstones")
     console.print()
     lines = _table("member", "serial", "role", "state", "missing", "stale", "delete", "unmanaged")

@@ -183,8 +183,20 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
     """For ``set``: only the attributes that change."""
     new_envelope: bytes | None = None
     """For ``set``: the envelope re-sealed for the next revision (None where the object has none)."""
+    new_member_id: bytes | None = None
+    """For ``set``: ``member_id`` from then on, where nothing else would separate the object from another one."""
     asked: tuple[str, ...] = ()
     """Members whose rows were claimed and marked sent for it: only these may be asked without a further ``claim``."""
+
+    def outcome(self, record: ObjectRecord) -> ObjectRecord:
+        """For ``set``: what the object becomes by it."""
+        return msgspec.structs.replace(
+            record,
+            revision=record.revision + 1,
+            attributes={**record.attributes, **(self.new_attributes or {})},
+            envelope=self.new_envelope,
+            member_id=record.member_id if self.new_member_id is None else self.new_member_id,
+        )
 
 
 class Tombstone(msgspec.Struct, frozen=True, kw_only=True):

@@ -179,5 +179,5 @@ def changed_on_member(record: ObjectRecord, new: Mapping[int, bytes]) -> Templat
     """The part of an attribute change that members carry out; the rest is the record's alone."""
     skipped = {*ANSWERED_ONLY, *record.answered_only}
     if record.member_id is not None:
-        skipped.add(CKA.ID)
+        skipped.add(CKA.OBJECT_ID if record.object_class == CKO.DATA else CKA.ID)
     return [(int(number), value) for number, value in sorted(new.items()) if number not in skipped]

@@ -96,6 +96,7 @@ class Changer:
             if self._group.view.object(uid) is None:
                 raise
             raise _Overtaken from error
+        after = intent.outcome(old)
         self._mirror(after, intent, targets)
         try:
             self._conclude(intent, after, self._ask_all(targets, old, after, intent))

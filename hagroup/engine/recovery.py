@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-import msgspec
-
 from hagroup.config.logging import get_logger
 from hagroup.core.records import Intent, IntentKind, ObjectRecord, OwedKind
 from hagroup.engine.member import Life, Member
@@ -88,12 +86,7 @@ class Recovery:
         old = self._journal.object(intent.uids[0])
         if old is None or intent.new_attributes is None:
             return True
-        after = msgspec.structs.replace(
-            old,
-            revision=old.revision + 1,
-            attributes={**old.attributes, **intent.new_attributes},
-            envelope=intent.new_envelope,
-        )
+        after = intent.outcome(old)
         rows = self._in_flight.take((member.name, old.uid) for member in self._roster.serving())
         try:
             idle = [member for member in self._roster.serving() if (member.name, old.uid) in rows]

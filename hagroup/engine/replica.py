@@ -319,6 +319,8 @@ def apply_set(
     """Bring the object from the old record to the new one; then the new record takes the old one's place."""
     changed = {n: value for n, value in new.attributes.items() if old.attributes.get(n) != value}
     template = changed_on_member(new, changed)
+    if new.member_id is not None and new.member_id != old.member_id:
+        template.append((int(CKA.OBJECT_ID if new.object_class == CKO.DATA else CKA.ID), new.member_id))
     if template:
         connection.set(handle, template, timeout=timeout)
     if with_record:

@@ -115,7 +115,7 @@ class Roster:
         self.on_lost: Callable[[Member], None] = lambda member: None
         self.wake: Callable[[], None] = lambda: None
         self.pause_before: Callable[[int], float] = lambda failures: _BACKOFF[min(failures, len(_BACKOFF) - 1)]
-        """Seconds before a connection attempt after so many failed ones; the watchdog has its own (``[watchdog] retry``)."""
+        """Seconds before a connection attempt after so many failed ones; the watchdog has its own."""
         self._generation = 0
         self._level = False
         """No member is preferred to another by role, site or priority."""

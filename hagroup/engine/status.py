@@ -34,7 +34,7 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Objects whose attributes it has to be brought up to."""
     pending_deletes: int
     unmanaged: int | None
-    """Objects on its token that the group does not know, as counted last; None: not counted lately (that takes a login: ``verify``)."""
+    """Objects on its token that the group does not know, as counted last; None: not counted lately (``verify`` does)."""
     since: str
     """When ``state`` last changed, as far as the journal knows (RFC 3339)."""
     reason: str | None
@@ -52,6 +52,8 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
 class JournalStatus(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     ok: bool
+    reason: str | None = None
+    """Why it cannot be read; the members' numbers are not known then."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,10 +100,48 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
     )
 
 
-def _reachable(config: MemberConfig, journal: Journal, record: MemberRecord, timeout: float) -> str | None:
+def without_journal(config: GroupConfig, why: str) -> Status:
+    """What can be said where the journal cannot be read: which members answer."""
+    with ThreadPoolExecutor(max_workers=max(1, len(config.members))) as pool:
+        timeout = config.timeouts.call
+        answers = list(pool.map(lambda member: _reachable(member, None, None, timeout), config.members))
+    members = [
+        MemberStatus(
+            name=member.name,
+            serial=member.token_serial or "",
+            role=member.role.value,
+            state="failed" if answer else "answers",
+            in_sync=False,
+            missing=0,
+            stale=0,
+            pending_deletes=0,
+            unmanaged=None,
+            since="",
+            reason=answer or "not known without the journal",
+        )
+        for member, answer in zip(config.members, answers, strict=True)
+    ]
+    return Status(
+        group=GroupStatus(
+            label=config.group.label,
+            serial=config.group.serial or "",
+            in_sync=False,
+            state="down" if all(answers) else "degraded",
+        ),
+        members=members,
+        objects=0,
+        tombstones=0,
+        journal=JournalStatus(url=str(config.journal.url), ok=False, reason=why),
+    )
+
+
+def _reachable(
+    config: MemberConfig, journal: Journal | None, record: MemberRecord | None, timeout: float
+) -> str | None:
     """None: its token answers. Else why not."""
+    serial = None if record is None else record.serial
     try:
-        life = open_life(config, journal, generation=1, timeout=timeout, serial=record.serial)
+        life = open_life(config, journal, generation=1, timeout=timeout, serial=serial)
     except (Ckr, DeadlinePassed, ModuleProblem, HAError, *CONNECTION_LOST) as error:
         return str(error)
     life.connection.close()

@@ -17,7 +17,6 @@ from hagroup.core.records import (
     Changes,
     Copy,
     Event,
-    Fingerprint,
     GroupRecord,
     Intent,
     Lease,
@@ -187,8 +186,10 @@ class Journal(Protocol):
         new revision once committed, and are not asked: **only the intent's ``asked`` may be**. A claim of another owner
         on such a row is taken over, and what that owner then confirms is refused; so better do not ask members that
         owe something for the object. Old and new locators are kept in the rows. ``announced`` of the members moves to
-        the intent's change number. Raises :class:`Busy` (for a second change by this owner too),
-        :class:`NoLongerLive`, :class:`StaleMembership`."""
+        the intent's change number. Where another object may have the same value in the place that it comes to, the
+        intent has a ``new_member_id``: what members are asked for is ``Intent.outcome``.
+        Raises :class:`Busy` (for a second change by this owner too), :class:`NoLongerLive`,
+        :class:`StaleMembership`."""
         ...
 
     def commit_set(self, intent: str) -> ObjectRecord:
@@ -392,10 +393,6 @@ class Journal(Protocol):
         ...
 
     # -- group -------------------------------------------------------------------------------------------
-    def fingerprint_twins(self, fingerprint: Fingerprint, locator: Locator) -> list[ObjectRecord]:
-        """Live and creating objects with this very fingerprint and locator: nothing separates them on a member."""
-        ...
-
     def update_group(
         self,
         *,

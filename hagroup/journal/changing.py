@@ -7,7 +7,17 @@ from collections.abc import Collection, Mapping, Sequence
 
 from msgspec.structs import replace
 
-from hagroup.core.records import Intent, IntentKind, Locator, ObjectRecord, ObjectState, OwedKind, OwedRow, Tombstone
+from hagroup.core.records import (
+    FingerprintKind,
+    Intent,
+    IntentKind,
+    Locator,
+    ObjectRecord,
+    ObjectState,
+    OwedKind,
+    OwedRow,
+    Tombstone,
+)
 from hagroup.journal import rows, rules
 from hagroup.journal.api import Asking, Busy, NoLongerLive
 from hagroup.journal.opened import Opened
@@ -38,7 +48,9 @@ class Changing(Opened):
                 if t.tombstone(record.uid) is not None or t.object(record.uid) is not None:
                     raise ValueError(f"the UID {record.uid.hex()} names another object, for ever")
                 made = replace(record, state=ObjectState.CREATING, intent=intent.id, change=t.change)
-                if t.one("SELECT 1 FROM objects WHERE twin = ?", rows.twin_digest(made.fingerprint, made.locator)):
+                digest = rows.twin_digest(made.fingerprint, made.locator)
+                twin = t.one("SELECT 1 FROM objects WHERE twin = ?", digest)
+                if twin and made.object_class != rows.DOMAIN_PARAMETERS:  # these have no CKA_ID
                     made = replace(made, member_id=made.uid)  # nothing else would separate them on a member
                 t.sql.execute(f"INSERT INTO objects ({rows.OBJECT_WRITTEN}) VALUES ({marks})", rows.from_object(made))
                 for name in names:
@@ -109,6 +121,8 @@ class Changing(Opened):
                 raise NoLongerLive(f"the object is in revision {record.revision}, not {revision}")
             asked = _asked(asking, [member.name for member in t.members()])
             after = replace(record, attributes={**record.attributes, **new_attributes})
+            if after.locator != record.locator and _looks_like_another(t, after):
+                after = replace(after, member_id=uid)
             locators = rules.merged((record.locator,), (after.locator,))
             copies, owed = t.copies(uid), t.owed_of(uid)
             may_ask = []
@@ -129,6 +143,7 @@ class Changing(Opened):
                 asked=tuple(may_ask),
                 new_attributes=dict(new_attributes),
                 new_envelope=new_envelope,
+                new_member_id=after.member_id,
             )
             t.add_intent(intent)
             t.sql.execute("UPDATE objects SET intent = ? WHERE uid = ?", (intent.id, uid))
@@ -140,15 +155,7 @@ class Changing(Opened):
             opened, record = _set_intent(t, intent)
             if opened is None:
                 return record
-            attributes = {**record.attributes, **(opened.new_attributes or {})}
-            after = replace(
-                record,
-                revision=record.revision + 1,
-                attributes=attributes,
-                envelope=opened.new_envelope,
-                intent=None,
-                change=t.change,
-            )
+            after = replace(opened.outcome(record), intent=None, change=t.change)
             t.update_object(after)
             for row in t.owed_of(record.uid).values():
                 if row.kind is OwedKind.INSTALL:
@@ -192,8 +199,7 @@ class Changing(Opened):
                 condemned = t.owed_of(uid)
             else:
                 if opened is not None and opened[1] is None:
-                    changed = {**record.attributes, **(opened[0].new_attributes or {})}
-                    extra = (replace(record, attributes=changed).locator,)
+                    extra = (opened[0].outcome(record).locator,)
                     t.close_intent(opened[0], DELETED)
                 stone, condemned = t.bury(record, extra)
             result = []
@@ -220,6 +226,7 @@ def _new_intent(
     asked: tuple[str, ...],
     new_attributes: dict[int, bytes] | None = None,
     new_envelope: bytes | None = None,
+    new_member_id: bytes | None = None,
 ) -> Intent:
     return Intent(
         id=f"{t.change:016x}.{secrets.token_hex(4)}",
@@ -229,7 +236,24 @@ def _new_intent(
         change=t.change,
         new_attributes=new_attributes,
         new_envelope=new_envelope,
+        new_member_id=new_member_id,
         asked=asked,
+    )
+
+
+def _looks_like_another(t: Transaction, record: ObjectRecord) -> bool:
+    """Whether another object has (or may have: two salted fingerprints cannot be compared here) the same value, and is
+    in the same place. Then nothing separates the two on a member (DESIGN.md 4.4)."""
+    if record.object_class == rows.DOMAIN_PARAMETERS:
+        return False  # they have no CKA_ID that could
+    found = t.sql.execute(
+        f"SELECT {rows.OBJECT} FROM objects WHERE label IS ? AND uid != ?",
+        (record.attributes.get(rows.LABEL), record.uid),
+    )
+    return any(
+        other.locator == record.locator
+        and (other.fingerprint == record.fingerprint or other.fingerprint.kind is not FingerprintKind.PUBLIC)
+        for other in map(rows.to_object, found)
     )
 
 

@@ -10,10 +10,8 @@ from typing import Any, TypeVar
 from hagroup.core.records import (
     Changes,
     Copy,
-    Fingerprint,
     GroupRecord,
     Intent,
-    Locator,
     MemberRecord,
     ObjectRecord,
     ObjectState,
@@ -120,16 +118,6 @@ class Reading(Opened):
             if len(found) < BATCH:
                 return
             start = found[-1][-1]
-
-    def fingerprint_twins(self, fingerprint: Fingerprint, locator: Locator) -> list[ObjectRecord]:
-        digest = rows.twin_digest(fingerprint, locator)
-
-        def query(connection: sqlite3.Connection) -> list[ObjectRecord]:
-            found = connection.execute(f"SELECT {rows.OBJECT} FROM objects WHERE twin = ? ORDER BY number", (digest,))
-            return [rows.to_object(row) for row in found]
-
-        twins = self._read(query)
-        return [record for record in twins if record.fingerprint == fingerprint and record.locator == locator]
 
     # -- what is owed, what is gone, what is under way -------------------------------------------------------------
 

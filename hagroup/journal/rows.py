@@ -36,6 +36,7 @@ _member = msgspec.msgpack.Decoder(MemberRecord).decode
 _intent = msgspec.msgpack.Decoder(Intent).decode
 
 CLASS, LABEL, KEY_TYPE, ID = 0x000, 0x003, 0x100, 0x102
+DOMAIN_PARAMETERS = 0x06
 
 
 def signed(number: int) -> int:

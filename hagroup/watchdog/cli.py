@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from hagroup.config import logging as logs
@@ -15,6 +14,8 @@ from hagroup.watchdog import install as installing
 from hagroup.watchdog.service import Service
 
 USAGE = 2
+_UsageError: Any = typer.BadParameter.__mro__[1]
+"""By way of typer: its newer versions bring a click of their own, and need no other."""
 
 app = typer.Typer(
     name="ha-watchdog",
@@ -39,7 +40,7 @@ def watch(
     if context.invoked_subcommand is not None:
         return
     if not config:
-        raise click.UsageError("give --config FILE, once for each group")
+        raise _UsageError("give --config FILE, once for each group")
     logs.configure("console")
     service = Service(config)
     raise typer.Exit(service.once() if once else service.run())
@@ -72,10 +73,10 @@ def main() -> None:
     except HAError as error:
         print(f"ha-watchdog: {error}", file=sys.stderr)
         status = USAGE
-    except click.ClickException as error:
+    except _UsageError as error:
         print(f"ha-watchdog: {error.format_message()}", file=sys.stderr)
         status = USAGE
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         status = 130
     except OSError as error:
         print(f"ha-watchdog: {error}", file=sys.stderr)

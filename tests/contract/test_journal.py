@@ -679,14 +679,31 @@ def test_iterators_go_through_more_than_one_batch(journal):
     assert list(journal.objects()) == []
 
 
-def test_twins_are_what_nothing_separates(journal):
+def test_what_nothing_separates_is_told_apart(journal):
     import msgspec
 
     first = make_live(journal, "a", record=new_object(b"x", id_=b"1"))
     twin = msgspec.structs.replace(new_object(b"x", id_=b"1"), fingerprint=first.fingerprint)
     begin(journal, twin)
-    make_live(journal, "a", record=new_object(b"x", id_=b"1"))
-    assert {r.uid for r in journal.fingerprint_twins(first.fingerprint, first.locator)} == {first.uid, twin.uid}
+    other = make_live(journal, "a", record=new_object(b"x", id_=b"1"))
+    assert journal.object(twin.uid).member_id == twin.uid
+    assert journal.object(first.uid).member_id is None
+    assert journal.object(other.uid).member_id is None
+    placed = journal.placement(twin.uid)[1]["a"].locators
+    assert [locator.id for locator in placed] == [twin.uid]
+
+
+def test_a_change_tells_apart_what_nothing_would_separate(journal):
+    import msgspec
+
+    first = make_live(journal, "a", record=new_object(b"x", id_=b"1"))
+    other = msgspec.structs.replace(new_object(b"y", id_=b"1"), fingerprint=first.fingerprint)
+    other = make_live(journal, "a", record=other)
+    intent = begin_set(journal, other, {0x003: b"x"})
+    assert intent.new_member_id == other.uid
+    assert intent.outcome(other).locator.id == other.uid
+    after = journal.commit_set(intent.id)
+    assert (after.member_id, after.attributes[0x102]) == (other.uid, b"1")
 
 
 def test_owed_by_change_number_and_doubt(journal):

@@ -124,7 +124,8 @@ journal = groups[0].journal
 wait_for_peace(journal)
 groups[0].supervisor.settle()
 states = [member.state.value for member in groups[0].roster.members.values()]
-say(whole_after=time.monotonic() - began, states=states, found={label: found(session, label) for label in asked["look"]})
+say(whole_after=time.monotonic() - began, states=states,
+    found={label: found(session, label) for label in asked["look"]})
 if asked["change"]:
     before, now = changes[asked["change"]]
     if before:

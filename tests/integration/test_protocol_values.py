@@ -1,4 +1,4 @@
-"""One value under several UIDs, tokens that come back from the past, and a journal that does (G1, G2, G3, DESIGN.md 4.6)."""
+"""One value under several UIDs, tokens that come back from the past, and a journal that does (G1 to G3, G6)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def test_looking_again_for_a_destroyed_object_spares_its_successor(
     a.sync()
     everywhere(shared, "cert")
     copies, owed = a.journal.placement(second)
-    assert set(copies) == set(shared.members) and not owed
+    assert set(copies) == set(shared.members)
+    assert not owed
 
 
 def test_an_old_copy_beside_its_successor_goes(two: tuple[Client, Client], shared: GroupFixture) -> None:
@@ -127,7 +128,8 @@ def test_two_clients_import_one_certificate_at_once(two: tuple[Client, Client], 
     a.sync()
     everywhere(shared, "cert")
     copies, owed = a.journal.placement(kept)
-    assert set(copies) == set(shared.members) and not owed
+    assert set(copies) == set(shared.members)
+    assert not owed
 
 
 def test_a_change_makes_two_objects_look_the_same(two: tuple[Client, Client], shared: GroupFixture) -> None:
@@ -202,7 +204,8 @@ def test_a_manifest_replaced_while_it_is_read(two: tuple[Client, Client]) -> Non
     uid = a.aes("key")
     a.sync()
     connection, life = a.connection("hsm1"), a.engine.roster.members["hsm1"].life
-    assert life is not None and life.keys is not None
+    assert life is not None
+    assert life.keys is not None
     original = connection.get
     calls: list[int] = []
 

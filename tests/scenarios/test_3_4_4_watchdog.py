@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from hagroup.watchdog.group import GroupWatch
+from hagroup.watchdog.verify import Verifier
 from tests.support import plain
 from tests.support.groups import GroupFixture, make_group, run_client, wait_until
 from tests.support.watchdogs import configure, events, kinds, make_hook, watching
@@ -76,19 +77,33 @@ with token.open(rw=True, user_pin="1234") as session:
 
 
 def test_replica_that_a_member_lost_is_found_and_made_anew(group: GroupFixture) -> None:
-    """Nobody used the key; background verification finds that it is gone, and people hear of it."""
+    """Nobody used the key, nobody connected anew: background verification finds that it is gone; people hear of it."""
     hook, told = make_hook(group.folder)
-    configure(group, hook, "verify_rate = 50.0")
+    configure(group, hook, "verify_rate = 0")
     run_client(group, "session.generate_key(KeyType.AES, 256, store=True, label='lost later')\n")
-    member = group.members["hsm3"]
     group.admin("sync")  # min_replicas had it when the program ended; here all must
+    member = group.members["hsm3"]
     wait_until(lambda: "lost later" in plain.labels(member), "the key on hsm3")
+    watch = GroupWatch(group.toml)
+    watch.step()
+    assert watch._engine is not None
     command = [sys.executable, "-c", LOSE, member["module"], member["serial"]]
     subprocess.run(command, env=os.environ | member["env"], check=True, timeout=60)
     assert "lost later" not in plain.labels(member)
-    with watching(group):
-        wait_until(lambda: "alarm" in kinds(told), "alarm")
+    verifier = Verifier(watch._engine, 50.0, rest=0.1)
+
+    def step_until(wanted: str) -> bool:
+        watch.step()
+        return wanted in kinds(told)
+
+    try:
+        wait_until(lambda: step_until("alarm"), "alarm")
         wait_until(lambda: "lost later" in plain.labels(member), "repair")
+        assert verifier.so_far.wrong == 1
+    finally:
+        verifier.stop()
+        watch.stop()
+        watch.run()
     assert [event["member"] for event in events(told) if event["kind"] == "alarm"] == ["hsm3"]
 
 
