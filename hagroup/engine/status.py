@@ -34,7 +34,7 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Objects whose attributes it has to be brought up to."""
     pending_deletes: int
     unmanaged: int | None
-    """Objects on its token that the group does not know, as counted last; None: not counted lately (``verify`` does)."""
+    """Objects on its token that the group does not know, as counted last; None: not lately (``verify`` counts)."""
     since: str
     """When ``state`` last changed, as far as the journal knows (RFC 3339)."""
     reason: str | None

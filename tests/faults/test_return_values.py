@@ -82,7 +82,7 @@ def test_returned_once_in_a_change(faulty: FaultGroup, session: Any, code: str, 
     control = faulty.controls[VICTIM]
     control.add(function, "error", rv=code, times=1)
     key = session.generate_key(KeyType.AES, 128, store=True, label="changed")
-    assert [rule.fired for rule in control.rules()] == [1]
+    wait_until(lambda: [rule.fired for rule in control.rules()] == [1], "the fault")  # perhaps after ``min_replicas``
     faulty.heal(session)
     faulty.check_tokens(session)
     key.destroy()

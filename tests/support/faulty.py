@@ -82,7 +82,8 @@ class FaultGroup:
         """SIGKILL to this process's worker; returns when it is noticed."""
         member = engine(session).roster.members[name]
         life = member.life
-        self.group.workers()[name].send_signal(signal.SIGKILL)
+        worker = wait_until(lambda: self.group.workers().get(name), f"a worker of {name}")
+        worker.send_signal(signal.SIGKILL)
         wait_until(lambda: life is None or not life.connection.alive, f"the end of {name}'s worker")
 
     @staticmethod
