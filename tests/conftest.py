@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,12 @@ import pytest
 from tests.support.groups import GroupFixture, make_group
 
 _numbers = itertools.count(1)
+
+with contextlib.suppress(ValueError):  # not in the main thread
+    # Where the tests run in the background of a script, SIGINT is ignored, and every program that they start would
+    # inherit that: Ctrl-C could not be tested.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
