@@ -212,6 +212,7 @@ def record_stale(journal: Journal, member: MemberConfig, new: Pin) -> str | None
     except ConfigurationError:
         return pin_source_identity(member.pin)
     if pin == new:
+        journal.forget_login(member.name)  # it was refused, or counted so, while the PIN was another one
         return None
     if journal.begin_login(member.name, pin_source_identity(member.pin), stamp, clear=True) is None:
         journal.end_login(member.name, LoginState.REFUSED)
