@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -96,6 +97,8 @@ def test_watch_refreshes(shared: GroupFixture) -> None:
 
 def test_completion() -> None:
     command = [sys.executable, "-m", "hagroup.admin.cli", "--show-completion", "bash"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    # typer looks for a shell among the parent processes, and a test run need not have one
+    environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "complete" in done.stdout
