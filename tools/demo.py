@@ -27,7 +27,7 @@ from hagroup.config.load import load
 ROOT = Path(__file__).resolve().parents[1]
 PIN = "1234"
 THREADS = 12
-CONSOLE = Console(highlight=False)
+CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 class Failed(Exception):
