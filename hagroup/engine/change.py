@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -210,15 +210,25 @@ class Changer:
         def change(life: Life, handles: list[Handle]) -> None:
             life.connection.set(handles[0], list(new.items()), timeout=self._timeout)
 
+        after = self._changed(item.record, new, logged_in=logged_in)
+        changed: list[str] = []
         for member in self._roster.serving():
             if any(name == member.name and life is member.life for name, life, _ in item.places()):
                 self._group.caller.run([item], change, logged_in=logged_in, only=member)
-        if not item.places():
-            self._group.caller.run([item], change, logged_in=logged_in)
-        before = item.record
-        item.record = msgspec.structs.replace(
-            self._changed(before, new, logged_in=logged_in), revision=before.revision + 1
-        )
+                changed.append(member.name)
+        if not changed:
+            changed += [self._change_one(item, change, logged_in=logged_in)]
+        item.changed(after, changed)
+
+    def _change_one(self, item: SessionObject, change: Callable[[Life, list[Handle]], None], *, logged_in: bool) -> str:
+        """Change it on any one member; returns which."""
+
+        def there(life: Life, handles: list[Handle]) -> Life:
+            change(life, handles)
+            return life
+
+        used = self._group.caller.run([item], there, logged_in=logged_in)
+        return next((name for name, life, _ in item.places() if life is used), "")
 
     # -- destroy -------------------------------------------------------------------------------------------
     def destroy(self, item: TokenObject) -> None:

@@ -61,6 +61,7 @@ class Maker:
     def __init__(self, group: GroupEngine) -> None:
         self._group = group
         self._timeout = group.config.timeouts.generate
+        self._call = group.config.timeouts.call
 
     # -- the ways to make one ------------------------------------------------------------------------------
     def generate(self, session: VirtualSession, mech: Mechanism, template: Template, *, assign_id: bool) -> bytes:
@@ -209,7 +210,7 @@ class Maker:
         if token:
             self._replicate([record])
         else:
-            self._group.keep_session_object(SessionObject(record, session.id, home=None, timeout=self._timeout))
+            self._group.keep_session_object(SessionObject(record, session.id, home=None, timeout=self._call))
         return uid
 
     def _copy_at_home(
@@ -280,7 +281,7 @@ class Maker:
             if life is not None and handle is not None and record.envelope is None and record.object_class in _KEYS:
                 self._keep_at_home(session, record, life, handle)
                 continue
-            item = SessionObject(record, session.id, home=None, timeout=self._timeout)
+            item = SessionObject(record, session.id, home=None, timeout=self._call)
             member = self._member_of(life)
             if member is not None and life is not None and handle is not None:
                 item.placed(member.name, life, handle)
@@ -294,7 +295,7 @@ class Maker:
         member = self._member_of(life)
         if member is None:
             raise GroupUnavailable("the member that made this session object failed before it could be used")
-        item = SessionObject(record, session.id, home=member.name, timeout=self._timeout)
+        item = SessionObject(record, session.id, home=member.name, timeout=self._call)
         item.placed(member.name, life, handle)
         self._group.keep_session_object(item)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import msgspec
 
 from hagroup.core.attributes import CKA
-from hagroup.core.calls import Ckr, Handle
+from hagroup.core.calls import Ckr, DeadlinePassed, Handle
 from hagroup.core.ckr import CKR
 from hagroup.core.records import ObjectRecord
 from hagroup.engine import replica
@@ -97,6 +97,7 @@ class SessionObject:
         """The one member that can have it (it could not be sealed); None: any."""
         self._timeout = timeout
         self._places: dict[str, tuple[Life, Handle]] = {}
+        self._making: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
         self.always_authenticate = is_true(record, CKA.ALWAYS_AUTHENTICATE)
 
@@ -128,15 +129,32 @@ class SessionObject:
         place = self._places.get(member.name)
         if place is not None and place[0] is life:
             return place[1]
+        if self._home is not None:
+            raise Missing
         with self._lock:
-            place = self._places.get(member.name)
-            if place is not None and place[0] is life:
-                return place[1]
-            if self._home is not None:
-                raise Missing
-            handle = replica.install_session(life.connection, life.keys, self.record, sid=0, timeout=self._timeout)
-            self._places[member.name] = (life, handle)
-        return handle
+            making = self._making.setdefault(member.name, threading.Lock())
+        # One lock for each member: a member that hangs in it must not hold up a call that goes to another one.
+        if not making.acquire(timeout=self._timeout):
+            raise DeadlinePassed(f"member {member.name}: another call's making of a session object there hangs")
+        try:
+            while True:
+                place = self._places.get(member.name)
+                if place is not None and place[0] is life:
+                    return place[1]
+                record = self.record
+                handle = replica.install_session(life.connection, life.keys, record, sid=0, timeout=self._timeout)
+                with self._lock:
+                    if record is self.record:  # else it was changed meanwhile: made again with the new attributes
+                        self._places[member.name] = (life, handle)
+        finally:
+            making.release()
+
+    def changed(self, record: ObjectRecord, members: Collection[str]) -> None:
+        """Its attributes are others now, on these members; where else it was it is made anew when it is needed."""
+        with self._lock:
+            self.record = record
+            if self._home is None:
+                self._places = {name: place for name, place in self._places.items() if name in members}
 
     def forget(self, member: Member, life: Life) -> None:
         with self._lock:
@@ -159,6 +177,7 @@ class SessionObject:
 
     def renew_after_fork(self) -> None:
         self._lock = threading.Lock()
+        self._making.clear()
         self._places.clear()
 
     def end(self) -> None:

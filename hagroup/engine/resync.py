@@ -6,6 +6,7 @@ cannot be trusted to be where its rows say (joining, restored, emptied) is taken
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from hagroup.config.logging import get_logger
@@ -38,6 +39,8 @@ LEASE = 30.0
 """Seconds; renewed after every batch."""
 BATCH = 16
 _RETRY_FIRST, _RETRY_MOST = 1.0, 60.0
+_ANOTHERS = 1.0
+"""Seconds until rows that others work on are looked at again: an owner's death moves no view number."""
 _ROUNDS = 5
 
 
@@ -52,6 +55,8 @@ class Resync:
         self._clock = clock
         self._later: dict[tuple[str, bytes], tuple[float, float]] = {}
         """Rows that did not go through: (boot time of the next try, the pause before it)."""
+        self._nothing_due: dict[str, tuple[int, float]] = {}
+        """At which view number nothing was due for a member, and until when (boot time) that holds by itself."""
         self._haunted: set[str] = set()
         """Members on which calls may have been cut off inside a write."""
         self._in_flight = replicator.in_flight
@@ -64,25 +69,37 @@ class Resync:
     # -- what is due ---------------------------------------------------------------------------------------
     def due(self, member: Member) -> list[OwedRow]:
         """Rows that this process could work on now: free, lost track of, or of a dead owner; not those put off."""
-        now = self._clock.boot()
+        now, number = self._clock.boot(), self._journal.view_number()
         owed = self._journal.owed(member.name)
         there = {(row.member, row.uid) for row in owed}
-        self._later = {key: when for key, when in self._later.items() if key[0] != member.name or key in there}
+        for key in list(self._later):
+            if key[0] == member.name and key not in there:
+                self._later.pop(key, None)
         rows = []
+        again = math.inf
         for row in owed:
-            if (row.member, row.uid) in self._in_flight:
-                continue
-            if self._later.get((row.member, row.uid), (0.0, 0.0))[0] > now:
-                continue
-            if row.owner not in (None, self._journal.owner) and self._journal.owner_alive(row.owner):
-                continue
-            rows.append(row)
+            key = (row.member, row.uid)
+            later = self._later.get(key, (0.0, 0.0))[0]
+            if key in self._in_flight or (
+                row.owner not in (None, self._journal.owner) and self._journal.owner_alive(row.owner)
+            ):
+                again = min(again, now + _ANOTHERS)
+            elif later > now:
+                again = min(again, later)
+            else:
+                rows.append(row)
+        self._nothing_due[member.name] = (number, now if rows else again)
         return rows
 
     def has_work(self, member: Member) -> bool:
         life = member.life
         unproved = life is not None and not life.proved_since_low
-        return unproved or member.name in self._haunted or bool(self.due(member))
+        if unproved or member.name in self._haunted:
+            return True
+        number, until = self._nothing_due.get(member.name, (-1, 0.0))
+        if number == self._journal.view_number() and self._clock.boot() < until:
+            return False  # nothing moved since: reading all that is put off again would tell the same
+        return bool(self.due(member))
 
     def _put_off(self, row: OwedRow) -> None:
         _, pause = self._later.get((row.member, row.uid), (0.0, 0.0))

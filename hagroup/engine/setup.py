@@ -20,10 +20,11 @@ from hagroup.core.records import MemberRecord, Membership
 from hagroup.engine import manifest
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
-from hagroup.engine.joining import generate_domain, join_domain
+from hagroup.engine.joining import drop, generate_domain, join_domain
 from hagroup.engine.login import CKU_SO, CKU_USER, PIN_ERRORS
 from hagroup.engine.member import Life
 from hagroup.engine.roster import CONNECTION_LOST, open_life
+from hagroup.engine.token_contents import inventory
 from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable, HAError
 from hagroup.journal import SqliteJournal, open_journal
 from hagroup.members import ModuleProblem
@@ -51,8 +52,14 @@ def create_group(config: GroupConfig, pins: Mapping[str, Pin], so_pin: Pin, *, s
     try:
         _open_all(config, pins, lives, timeout=timeout)
         _check(config, lives, timeout=timeout)
-        keys = _domain(config, lives, so_pin, sealed=sealed, timeout=timeout)
-        return _record(config, lives, keys, clock, timeout=timeout)
+        keys = _held(config, lives, timeout=timeout)
+        made: dict[str, DomainKeys] = {}
+        try:
+            _domain(config, lives, keys, made, so_pin, sealed=sealed, timeout=timeout)
+            return _record(config, lives, keys | made, clock, timeout=timeout)
+        except BaseException:
+            _take_back(lives, made, timeout=timeout)
+            raise
     finally:
         for life in lives.values():
             life.connection.close()
@@ -62,7 +69,9 @@ def _open_all(config: GroupConfig, pins: Mapping[str, Pin], lives: dict[str, Lif
     def start(member: MemberConfig) -> Life:
         try:
             return open_life(member, None, generation=1, timeout=timeout)
-        except (Ckr, DeadlinePassed, ModuleProblem, HAError, *CONNECTION_LOST) as error:
+        except ModuleProblem as error:
+            raise ConfigurationError(f"{config.path}: {error}; nothing was changed") from error
+        except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
             raise GroupUnavailable(f'member "{member.name}" cannot be used: {error}; nothing was changed') from error
 
     with ThreadPoolExecutor(max_workers=8) as pool:
@@ -138,33 +147,69 @@ def held_keys(member: DomainMember, *, timeout: float) -> DomainKeys | None:
     )
 
 
-def _domain(
-    config: GroupConfig, lives: Mapping[str, Life], so_pin: Pin, *, sealed: bool, timeout: float
-) -> dict[str, DomainKeys]:
-    """The same two keys on every member: those that members hold already, or new ones."""
-    members = [
+def _sides(config: GroupConfig, lives: Mapping[str, Life]) -> list[DomainMember]:
+    return [
         DomainMember(connection=lives[member.name].connection, name=member.name, wrap_mechanism=member.wrap_mechanism)
         for member in config.members
     ]
+
+
+def _held(config: GroupConfig, lives: Mapping[str, Life], *, timeout: float) -> dict[str, DomainKeys]:
+    """The members that hold the keys of a domain already; that it is one and the same is proved.
+
+    :raises DomainMismatch: it is not.
+    """
+    members = _sides(config, lives)
     present = {member.name: keys for member in members if (keys := held_keys(member, timeout=timeout)) is not None}
-    if not present:
-        made = generate_domain(members, sealed=sealed, timeout=timeout)
-        return {member.name: keys for member, keys in zip(members, made, strict=True)}
     holders = [member for member in members if member.name in present]
     for other in holders[1:]:
-        challenge(holders[0], present[holders[0].name], other, present[other.name], timeout=timeout)
-    newcomers = [member for member in members if member.name not in present]
+        try:
+            challenge(holders[0], present[holders[0].name], other, present[other.name], timeout=timeout)
+        except DomainMismatch as error:
+            raise DomainMismatch(f"{error}; nothing was changed") from error
+    return present
+
+
+def _take_back(lives: Mapping[str, Life], made: Mapping[str, DomainKeys], *, timeout: float) -> None:
+    """Nothing of a group that could not be made whole stays on members that held nothing before."""
+    for name, keys in made.items():
+        connection = lives[name].connection
+        try:
+            entries = inventory(connection, timeout=timeout)
+            manifests = [entry.handle for entry in entries if entry.own and entry.label.startswith(manifest.LABEL)]
+            drop(connection, [*manifests, keys.domain, keys.partition], timeout=timeout)
+        except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
+            log.warning("member.left-unfinished", member=name, reason=str(error))
+
+
+def _domain(
+    config: GroupConfig,
+    lives: Mapping[str, Life],
+    held: Mapping[str, DomainKeys],
+    made: dict[str, DomainKeys],
+    so_pin: Pin,
+    *,
+    sealed: bool,
+    timeout: float,
+) -> None:
+    """The same two keys on every member: those that members hold already, or new ones, which go into ``made``."""
+    members = _sides(config, lives)
+    if not held:
+        keys = generate_domain(members, sealed=sealed, timeout=timeout)
+        made.update({member.name: one for member, one in zip(members, keys, strict=True)})
+        return
+    holders = [member for member in members if member.name in held]
+    newcomers = [member for member in members if member.name not in held]
     if newcomers:
         first = next(member for member in config.members if member.name == holders[0].name)
         officer = officer_of(first, lives[first.name], so_pin, timeout=timeout)
         try:
             for member in newcomers:
-                present[member.name] = join_domain(
-                    holders[0], present[first.name], officer.connection, member, timeout=timeout
+                made[member.name] = join_domain(
+                    holders[0], held[first.name], officer.connection, member, timeout=timeout
                 )
         finally:
             officer.connection.close()
-    return present
 
 
 def officer_of(member: MemberConfig, life: Life, so_pin: Pin, *, timeout: float) -> Life:
@@ -215,17 +260,22 @@ def _record(
         reference=reference,
         clock=clock,
     )
-    journal = open_journal(str(config.journal.url), clock=clock)
     try:
-        group, listed = journal.view()
-        by_name = {member.name: member for member in listed}
-        for member in config.members:
-            shown = manifest.compose(group, by_name, low=0, high=0)
-            manifest.write(lives[member.name].connection, keys[member.name], shown, timeout=timeout)
-        journal.event("group created", f"with members {', '.join(by_name)}")
-    finally:
-        journal.close()
-    set_group_serial(config.path, serial)
+        journal = open_journal(str(config.journal.url), clock=clock)
+        try:
+            group, listed = journal.view()
+            by_name = {member.name: member for member in listed}
+            for member in config.members:
+                shown = manifest.compose(group, by_name, low=0, high=0)
+                manifest.write(lives[member.name].connection, keys[member.name], shown, timeout=timeout)
+            journal.event("group created", f"with members {', '.join(by_name)}")
+        finally:
+            journal.close()
+        set_group_serial(config.path, serial)
+    except BaseException:
+        for suffix in ("", "-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        raise
     return serial
 
 

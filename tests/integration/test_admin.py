@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -20,6 +18,7 @@ from typer.testing import CliRunner
 
 from hagroup.admin.cli import app
 from tests.support.groups import PIN, ROOT, GroupFixture, make_group, run_client, wait_until
+from tests.support.terminal import Terminal
 
 FINE, DEGRADED, USAGE, UNREACHABLE = 0, 1, 2, 3
 ADMIN = [sys.executable, "-m", "hagroup.admin.cli"]
@@ -313,57 +312,19 @@ def test_pins_without_a_terminal(bare: GroupFixture, tmp_path: Path) -> None:
     assert bare.admin("status").returncode == FINE
 
 
-class Terminal:
-    """``ha-admin`` on a terminal."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.output = b""
-        self.pid, self._descriptor = pty.fork()
-        if self.pid == 0:
-            os.execv(sys.executable, [*ADMIN, *arguments])
-        self._status: int | None = None
-
-    def _read(self, timeout: float) -> bool:
-        ready, _, _ = select.select([self._descriptor], [], [], timeout)
-        if not ready:
-            return True
-        try:
-            more = os.read(self._descriptor, 4096)
-        except OSError:  # the other end is closed
-            return False
-        self.output += more
-        return bool(more)
-
-    def expect(self, text: str, timeout: float = 60.0) -> None:
-        deadline = time.monotonic() + timeout
-        while text.encode() not in self.output:
-            assert time.monotonic() < deadline, self.output
-            assert self._read(0.1), self.output
-
-    def send(self, text: str) -> None:
-        os.write(self._descriptor, text.encode())
-
-    def end(self, timeout: float = 60.0) -> int:
-        deadline = time.monotonic() + timeout
-        while self._read(0.1):
-            assert time.monotonic() < deadline, self.output
-        os.close(self._descriptor)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
 def test_prompt_on_a_terminal(bare: GroupFixture) -> None:
-    terminal = Terminal("--config", str(bare.toml), "sync")
+    terminal = Terminal([*ADMIN, "--config", str(bare.toml), "sync"])
     terminal.expect("user PIN:")
     terminal.send(PIN + "\n")
     assert terminal.end() == FINE, terminal.output
     assert PIN.encode() not in terminal.output, "a PIN is not echoed"
-    terminal = Terminal("--config", str(bare.toml), "status")
+    terminal = Terminal([*ADMIN, "--config", str(bare.toml), "status"])
     assert terminal.end() == FINE
     assert b"hsm1" in terminal.output
 
 
 def test_ctrl_c_at_the_prompt(bare: GroupFixture) -> None:
-    terminal = Terminal("--config", str(bare.toml), "sync")
+    terminal = Terminal([*ADMIN, "--config", str(bare.toml), "sync"])
     terminal.expect("user PIN:")
     terminal.send("\x03")
     assert terminal.end() in (USAGE, 130)

@@ -344,6 +344,54 @@ def test_pin_changes_need_every_member(new_group: Any, opened: Any) -> None:
         assert plain.labels(member, pin=PIN) == []
 
 
+def test_pin_change_that_one_member_does_not_take(fast_folder: Path, opened: Any) -> None:
+    faulty = make_fault_group(fast_folder / "half-changed")
+    group = faulty.group
+    token = opened(group)
+    with token.open(rw=True, user_pin=PIN) as session:
+        wait_serving(token, *group.members)
+        faulty.controls["hsm1"].add("C_SetPIN", "error", rv="CKR_PIN_INVALID", times=1)
+        with pytest.raises(pkcs11.exceptions.PinInvalid):
+            session.set_pin(PIN, NEW)
+        assert serving(token) == set(group.members), "the first one said no: nothing was changed anywhere"
+        faulty.controls["hsm2"].add("C_SetPIN", "error", rv="CKR_DEVICE_ERROR", times=1)
+        session.set_pin(PIN, NEW)
+        assert roster(token).members["hsm2"].state.value == "quarantined"
+        assert "PIN may differ" in roster(token).members["hsm2"].reason
+        session.generate_random(8)
+    faulty.clear()
+    assert [
+        plain.labels(group.members[name], pin=pin) for name, pin in (("hsm1", NEW), ("hsm2", PIN), ("hsm3", NEW))
+    ] == [
+        [],
+        [],
+        [],
+    ]
+    kinds = [event.kind for event in token.slot._library.group.journal.events()]
+    assert kinds.count("pin change begins") == 2
+    assert kinds.count("pin changed") == 1
+
+
+def test_members_with_different_pins(new_group: Any, opened: Any) -> None:
+    """One member logs in by itself with a PIN of its own, the others with the application's."""
+    group = new_group("--no-pin-sources")
+    by_hand(group.members["hsm1"], pins=[(PIN, NEW)])
+    (group.folder / "hsm1" / "pin").write_text(NEW)
+    first, block, rest = group.toml.read_text().partition("[[member]]\n")
+    group.toml.write_text(f'{first}{block}pin = {{ file = "hsm1/pin" }}\n{rest}')
+    token = opened(group)
+    settle(token)
+    with pytest.raises(pkcs11.exceptions.PinIncorrect):
+        token.open(user_pin=WRONG)
+    assert len(low(group)) == 1
+    with token.open(rw=True, user_pin=PIN) as session:
+        wait_until(lambda: logged_in(token) == set(group.members), "all logged in")
+        with pytest.raises(NotOnGroup, match="hsm1"):
+            session.set_pin(PIN, "5678")
+    assert low(group) == []
+    assert serving(token) == set(group.members)
+
+
 def test_pin_changed_by_another_process(new_group: Any, opened: Any) -> None:
     group = new_group("--no-pin-sources")
     token = opened(group)

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from hagroup.core.attributes import CKA
+from hagroup.core.attributes import CKA, pack_bool
 from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
 from hagroup.core.records import OwedKind
+from hagroup.core.states import State
 from hagroup.errors import GroupUnavailable, JournalUnavailable
-from tests.support.clients import Client, Gate, Running, clients, everywhere
+from tests.support.clients import AES_ECB, Client, Gate, Running, clients, everywhere
 from tests.support.groups import GroupFixture, make_group, wait_until
 
 
@@ -302,3 +303,47 @@ def test_a_replaced_object_leaves_no_handle_behind(two: tuple[Client, Client]) -
         assert member.life is not None
         assert member.life.handles.get(uid) != old[member.name]
     b.use(uid)
+
+
+# -- session objects ----------------------------------------------------------------------------------------------
+
+
+def use_on(client: Client, uid: bytes, name: str) -> Any:
+    member = client.engine.roster.members[name]
+
+    def use(life: Any, handles: list[int]) -> Any:
+        return life.connection.encrypt((AES_ECB, None), handles[0], bytes(16), timeout=5)
+
+    return client.engine.caller.run([client.session.key(uid)], use, logged_in=True, only=member)
+
+
+def test_a_session_object_is_made_on_one_member_while_another_hangs(two: tuple[Client, Client]) -> None:
+    a, _ = two
+    uid = a.aes("session", token=False)
+    item: Any = a.session.key(uid)
+    (home,) = [name for name, _, _ in item.places()]
+    first, second = [name for name in a.group.members if name != home]
+    gate = Gate(a.connection(first), "unwrap")
+    hanging = Running(lambda: use_on(a, uid, first))
+    gate.wait()
+    assert Running(lambda: use_on(a, uid, second)).end() == use_on(a, uid, home)
+    gate.open()
+    hanging.end()
+
+
+def test_a_changed_session_object_has_its_old_attributes_nowhere(two: tuple[Client, Client]) -> None:
+    """A member that was suspect during the change still holds it as it was: it is made anew there."""
+    a, _ = two
+    uid = a.aes("session", token=False)
+    for name in a.group.members:
+        use_on(a, uid, name)
+    suspect = a.engine.roster.members["hsm3"]
+    suspect.state = State.SUSPECT
+    a.session.set(uid, [(CKA.SIGN, pack_bool(False))])
+    suspect.state = State.IN_SERVICE
+    use_on(a, uid, "hsm3")
+    item: Any = a.session.key(uid)
+    assert {name for name, _, _ in item.places()} == set(a.group.members)
+    for _, life, handle in item.places():
+        values, _ = life.connection.get(handle, [int(CKA.SIGN)], timeout=5)
+        assert values[CKA.SIGN] == pack_bool(False)

@@ -53,7 +53,7 @@ class Client:
         template: Template = [
             (CKA.CLASS, pack_ulong(CKO.SECRET_KEY)),
             (CKA.KEY_TYPE, pack_ulong(CKK.AES)),
-            (CKA.TOKEN, pack_bool(True)),
+            (CKA.TOKEN, pack_bool(more.get("token", True))),
             (CKA.LABEL, label.encode()),
             (CKA.VALUE_LEN, pack_ulong(16)),
             (CKA.SIGN, pack_bool(more.get("sign", True))),
