@@ -34,6 +34,7 @@ from hagroup.admin.pins import default_config
 from hagroup.admin.verify_commands import verify
 from hagroup.config import logging as logs
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone
+from hagroup.engine.login import PIN_ERRORS
 from hagroup.errors import GroupUnavailable, HAError
 from hagroup.members import ModuleProblem
 
@@ -184,7 +185,14 @@ def main() -> None:
     except HAError as error:
         print(f"ha-admin: {error}", file=sys.stderr)
         status = UNREACHABLE if isinstance(error, GroupUnavailable) else USAGE
-    except (ModuleProblem, MemberGone, DeadlinePassed, Ckr) as error:
+    except Ckr as error:
+        refused = error.rv in PIN_ERRORS
+        remedy = " (one attempt, on one member): correct the PIN and run the command again"
+        print(
+            f"ha-admin: {'the PIN was refused: ' if refused else ''}{error}{remedy if refused else ''}", file=sys.stderr
+        )
+        status = USAGE if refused else UNREACHABLE
+    except (ModuleProblem, MemberGone, DeadlinePassed) as error:
         print(f"ha-admin: {error}", file=sys.stderr)
         status = UNREACHABLE
     except (typer.Abort, KeyboardInterrupt):

@@ -140,7 +140,10 @@ class Access:
                 why.append(f"{member.name}: {error}")
         if locked is not None:
             raise locked
-        raise GroupUnavailable("no member could check the PIN: " + ("; ".join(why) or "none is connected"))
+        for member in self._roster.members.values():
+            if member.life is None:
+                why.append(f"{member.name}: {member.reason or 'not connected'}")
+        raise GroupUnavailable("no member could check the PIN: " + "; ".join(why))
 
     def _prove(self, member: Member, pin: Pin) -> None:
         """C_Login in a module instance of its own: where this process is logged in, a second C_Login says nothing.

@@ -58,7 +58,11 @@ class SqliteJournal(Reading, Changing, Owing, Members, Notes):
         # Under another name first: what is found under the right one is always complete.
         draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not path.parent.is_dir():
+                path.parent.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise JournalUnavailable(f"no journal can be made at {path} ({error}): nothing was made") from error
+        try:
             os.close(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             try:
                 place = binding.place_of(draft)

@@ -55,6 +55,9 @@ session = token.open(rw=True, user_pin=asked["pin"])
 fails("second login", token.open, user_pin=asked["pin"])
 print(repr(session), str(session), repr(token), repr(lib), vars(lib), file=texts, flush=True)
 
+for item in list(session.get_objects()):
+    item.destroy()  # another run's
+
 def secret(label, key_type, value, **more):
     template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.KEY_TYPE: key_type, Attribute.TOKEN: True,
                 Attribute.LABEL: label, Attribute.VALUE: value}

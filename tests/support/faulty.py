@@ -99,7 +99,8 @@ class FaultGroup:
             for member in group.roster.members.values():
                 member.next_attempt = 0.0  # what earlier faults made it wait for is not what is tested
             group.supervisor.wake()
-            return {member.name for member in group.roster.serving()} >= set(names or self.names)
+            lives = {member.name: member.life for member in group.roster.serving()}  # a dead one may not be noticed yet
+            return {name for name, life in lives.items() if life and life.connection.alive} >= set(names or self.names)
 
         wait_until(ready, f"members {names or self.names} in service")
 
