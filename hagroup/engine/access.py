@@ -140,9 +140,11 @@ class Access:
                 why.append(f"{member.name}: {error}")
         if locked is not None:
             raise locked
-        for member in self._roster.members.values():
-            if member.life is None:
-                why.append(f"{member.name}: {member.reason or 'not connected'}")
+        why += [
+            f"{member.name}: {member.reason or 'not connected'}"
+            for member in self._roster.members.values()
+            if member.life is None
+        ]
         raise GroupUnavailable("no member could check the PIN: " + "; ".join(why))
 
     def _prove(self, member: Member, pin: Pin) -> None:
