@@ -193,10 +193,11 @@ def _announce(journal: Journal, member: Member, source: str, stamp: str, *, clea
     except RetryError as error:
         raise _held(member, "another process is logging in there and does not come to an end") from error
     if refusal is not None:
+        where = "" if refusal.member == member.name else f" by {refusal.member}"
         raise _held(
             member,
-            f"the PIN from {refusal.source} was refused before and did not change since: correct "
-            f"it, or run `ha-admin member resume {member.name}` if it is right",
+            f"the PIN from {refusal.source} was refused before{where} and did not change since: correct "
+            f"it, or run `ha-admin member resume {refusal.member}` if it is right",
         )
 
 

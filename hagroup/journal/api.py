@@ -371,7 +371,9 @@ class Journal(Protocol):
         """Serialise logins on one member: None, go on (``trying`` is durable); a record: why not (``refused`` with the
         same source and stamp; or ``trying`` of a living owner, another thread of this one too: wait; or of a dead
         owner, unless ``clear`` says that the token's USER_PIN_COUNT_LOW is off: counts as refused). Refusals are kept
-        for each source: another source's success does not clear them."""
+        for each source: another source's success does not clear them. A source and stamp that no member accepted yet
+        is tried on one member at a time, over all members, and after a refusal on none: the record may be another
+        member's (:func:`hagroup.journal.rules.login_refused`)."""
         ...
 
     def end_login(self, member: str, state: LoginState | None) -> None:

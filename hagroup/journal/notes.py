@@ -9,6 +9,7 @@ import msgspec
 from hagroup.core.records import Event, LoginRecord, LoginState, Observation
 from hagroup.journal import rows
 from hagroup.journal.opened import Opened
+from hagroup.journal.rules import login_refused
 from hagroup.journal.transaction import Transaction
 
 _LOGIN = "member, source, stamp, state, owner, boot_time"
@@ -63,8 +64,10 @@ class Notes(Opened):
                 # It died in between: nobody knows whether its PIN was refused, unless the token does.
                 _end(t, trying, None if clear else LoginState.REFUSED)
             kept = _login(t, member, source)
-            if kept is not None and kept.state is LoginState.REFUSED and kept.stamp == stamp:
-                return kept
+            found = t.sql.execute(f"SELECT {_LOGIN} FROM logins WHERE source = ? AND stamp = ?", (source, stamp))
+            refusal = login_refused(member, source, stamp, [_to_login(row) for row in found], t.alive)
+            if refusal is not None:
+                return refusal
             t.sql.execute(
                 "INSERT OR REPLACE INTO logins VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (member, source, stamp, LoginState.TRYING.value, self.owner, t.now, rows.encode(kept)),

@@ -27,7 +27,16 @@ from collections.abc import Callable, Collection, Iterable
 import msgspec
 from msgspec.structs import replace
 
-from hagroup.core.records import Attempt, Copy, Locator, ObjectRecord, OwedKind, OwedRow
+from hagroup.core.records import (
+    Attempt,
+    Copy,
+    Locator,
+    LoginRecord,
+    LoginState,
+    ObjectRecord,
+    OwedKind,
+    OwedRow,
+)
 from hagroup.journal.api import Confirmation
 
 
@@ -339,3 +348,22 @@ def owed_again(
         asked_before=True,
         reason=None,
     )
+
+
+def login_refused(
+    member: str, source: str, stamp: str, logins: Iterable[LoginRecord], alive: Callable[[str], bool]
+) -> LoginRecord | None:
+    """Why nobody tries this PIN on this member now; None: it may be tried (DESIGN.md 4.7).
+
+    One source may serve several members, and a wrong PIN may cost one attempt on *one* of them. So until some member
+    accepted it in this state (``stamp``), it is tried on one at a time, and after a refusal on none. Once a member
+    accepted it, another one's refusal says something of that other member only.
+    """
+    same = [login for login in logins if (login.source, login.stamp) == (source, stamp)]
+    own = [login for login in same if login.member == member and login.state is LoginState.REFUSED]
+    if own or any(login.state is LoginState.ACCEPTED for login in same):
+        return own[0] if own else None
+    others = [login for login in same if login.member != member]
+    refused = [login for login in others if login.state is LoginState.REFUSED]
+    trying = [login for login in others if login.state is LoginState.TRYING and alive(login.owner)]
+    return next(iter(refused + trying), None)

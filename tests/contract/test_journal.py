@@ -940,7 +940,7 @@ def test_logins_on_a_member_are_one_at_a_time(journal, other):
     for who in (journal, other):
         waiting = who.begin_login("a", "application", "2", clear=True)
         assert (waiting.state, waiting.owner) == (LoginState.TRYING, journal.owner)
-    assert other.begin_login("b", "file:/pin", "1", clear=True) is None, "another member"
+    assert other.begin_login("b", "file:/own pin", "1", clear=True) is None, "another member"
     other.end_login("a", LoginState.REFUSED)  # not its own
     journal.end_login("a", LoginState.ACCEPTED)
     assert other.begin_login("a", "application", "2", clear=True) is None
@@ -963,6 +963,35 @@ def test_a_refused_pin_is_not_tried_until_its_source_changes(journal, other):
         ("file:/pin", LoginState.ACCEPTED),
         ("application", LoginState.ACCEPTED),
     }
+
+
+def test_a_source_of_several_members_costs_one_attempt_on_one(journal, other):
+    assert journal.begin_login("a", "file:/pin", "1", clear=True) is None
+    waiting = other.begin_login("b", "file:/pin", "1", clear=True)
+    assert (waiting.member, waiting.state) == ("a", LoginState.TRYING), "nobody knows yet whether it is right"
+    assert other.begin_login("b", "file:/pin", "2", clear=True) is None, "another PIN"
+    other.end_login("b", None)
+    journal.end_login("a", LoginState.REFUSED)
+    refused = other.begin_login("b", "file:/pin", "1", clear=True)
+    assert (refused.member, refused.state) == ("a", LoginState.REFUSED)
+    other.forget_login("a")
+    assert other.begin_login("b", "file:/pin", "1", clear=True) is None
+    other.end_login("b", LoginState.ACCEPTED)
+    # Right on one: the others may find out each for itself, and one that refuses it is alone with that.
+    assert journal.begin_login("a", "file:/pin", "1", clear=True) is None
+    assert other.begin_login("c", "file:/pin", "1", clear=True) is None
+    journal.end_login("a", LoginState.REFUSED)
+    other.end_login("c", LoginState.ACCEPTED)
+    assert journal.begin_login("a", "file:/pin", "1", clear=True).state is LoginState.REFUSED
+    assert journal.begin_login("c", "file:/pin", "1", clear=True) is None
+
+
+def test_a_source_that_a_dead_process_was_trying_elsewhere_is_tried(backend, journal):
+    """Else a member that never comes back would keep the others out."""
+    dead = backend.open()
+    dead.begin_login("a", "file:/pin", "1", clear=True)
+    dead.close()
+    assert journal.begin_login("b", "file:/pin", "1", clear=True) is None
 
 
 def test_trying_of_the_dead_counts_as_refused_unless_the_token_says_otherwise(backend, journal):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -246,6 +247,40 @@ def test_refused_pin_file_is_not_tried_again_until_it_changes(new_group: Any) ->
         "wait_until(lambda: len(lib.group.roster.serving()) == 3, 'hsm2 serves again')\n",
     )
     assert group.admin("status").returncode == 0
+
+
+def test_one_wrong_pin_file_for_all_costs_one_attempt_on_one_member(new_group: Any) -> None:
+    group = new_group()
+    shared = group.folder / "shared-pin"
+    shared.touch(mode=0o600)
+    shared.write_text(WRONG)
+    text, count = re.subn(r'"hsm\d/pin"', '"shared-pin"', group.toml.read_text())
+    assert count == 3
+    group.toml.write_text(text)
+    for _ in range(2):
+        lib = pkcs11.lib(str(group.toml))
+        roster = lib.group.roster
+        wait_until(lambda: all(member.reason or member.life for member in roster.members.values()), "a look at all")
+        lib.group.supervisor.settle()
+        assert not roster.serving()
+        lib.unload()
+        assert len(low(group)) == 1
+    done = group.admin("sync")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert len(low(group)) == 1
+    reasons = [member["reason"] for member in group.status()["members"] if "shared-pin" in (member["reason"] or "")]
+    assert reasons
+    shared.write_text(PIN)
+    (first,) = low(group)
+    by_hand(group.members[first], pins=[(PIN, PIN)])
+    assert group.admin("member", "resume", first).returncode == 0
+    run_client(
+        group,
+        "from tests.support.groups import wait_until\n"
+        "wait_until(lambda: len(lib.group.roster.serving()) == 3, 'all serve again')\n",
+    )
+    assert low(group) == []
 
 
 def test_nobody_logs_in_automatically_while_the_count_is_low(new_group: Any) -> None:
