@@ -93,7 +93,8 @@ class Access:
         self._roster.wait_for_change(self._roster.config.timeouts.call * 2, condition)
 
     def _in_order(self) -> list[tuple[Member, Life]]:
-        """Connected members, the one with the latest recorded success first; waits for that one, or for any.
+        """Connected members, the one with the latest recorded success first; waits for that one, or for any. Those with
+        a PIN source come last: it may give another PIN than the application's, which is for the members without one.
 
         A refusal counts where the application's PIN was refused: so wrong PINs, even of programs that are started again
         and again, all go to one member."""
@@ -101,7 +102,10 @@ class Access:
         for record in self._roster.journal.logins():
             if record.state is LoginState.ACCEPTED or record.source == APPLICATION:
                 when[record.member] = max(record.boot_time, when.get(record.member, 0.0))
-        members = sorted(self._roster.members.values(), key=lambda member: -when.get(member.name, 0.0))
+        members = sorted(
+            self._roster.members.values(),
+            key=lambda member: (member.config.pin is not None, -when.get(member.name, 0.0)),
+        )
 
         def ready() -> bool:
             for member in members:

@@ -351,7 +351,7 @@ def test_another_groups_serial(existing: GroupFixture) -> None:
 
 
 def test_wrong_pin_for_commands(fast_folder: Path) -> None:
-    group = make_group(fast_folder / "bare", "--no-pin-sources", members=2)
+    group = make_group(fast_folder / "bad-pins", "--no-pin-sources", members=2)
     wrong = str(private(group.folder / "wrong", "9999"))
     for command in (["sync"], ["objects", "--member", "hsm1"]):
         line = one_sentence(group.admin(*command, "--pin-file", wrong), 2)

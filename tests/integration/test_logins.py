@@ -259,10 +259,10 @@ def test_one_wrong_pin_file_for_all_costs_one_attempt_on_one_member(new_group: A
     group.toml.write_text(text)
     for _ in range(2):
         lib = pkcs11.lib(str(group.toml))
-        roster = lib.group.roster
-        wait_until(lambda: all(member.reason or member.life for member in roster.members.values()), "a look at all")
+        members = lib.group.roster.members.values()
+        wait_until(lambda them=members: all(member.reason or member.life for member in them), "a look at all")
         lib.group.supervisor.settle()
-        assert not roster.serving()
+        assert not lib.group.roster.serving()
         lib.unload()
         assert len(low(group)) == 1
     done = group.admin("sync")

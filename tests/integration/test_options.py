@@ -56,9 +56,15 @@ def quick(group: GroupFixture) -> None:
 
 
 def in_service(session: Any, *names: str) -> None:
+    """These members, and no others, serve; and what is owed to them is done."""
     group = engine(session)
-    group.supervisor.wake()
-    wait_until(lambda: {m.name for m in group.roster.serving()} == set(names), f"{names} in service")
+
+    def settled() -> bool:
+        group.supervisor.wake()
+        serving = {member.name for member in group.roster.serving()}
+        return serving == set(names) and not any(group.journal.owed(name) for name in names)
+
+    wait_until(settled, f"{names} in service")
 
 
 # -- [group] degraded --------------------------------------------------------------------------------------------
@@ -219,8 +225,8 @@ def test_operations_go_on_without_the_journal(new_group: Any, away: Any) -> None
         assert list(session.get_objects({Attribute.LABEL: "made"})) == []
         assert list(session.get_objects({Attribute.LABEL: "refused"})) == []
         assert engine(session).journal.intents() == []
-    for member in group.members.values():
-        wait_until(lambda member=member: plain.labels(member) == ["changed", "signer", "signer"], "the same on all")
+        for member in group.members.values():
+            wait_until(lambda member=member: plain.labels(member) == ["changed", "signer", "signer"], "the same on all")
 
 
 def test_a_member_lost_without_the_journal(new_group: Any) -> None:

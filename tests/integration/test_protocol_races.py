@@ -49,7 +49,7 @@ def test_destroyed_between_acceptance_and_commit(two: tuple[Client, Client], sha
     a, b = two
     uid = a.aes("old")
     a.sync()
-    gate = Gate(a.journal, "commit_set")
+    gate = Gate(a.journal, "commit_set", every=True)  # each member's thread would commit
     renaming = Running(lambda: a.rename(uid, "new"))
     gate.wait()
     b.session.destroy(uid)

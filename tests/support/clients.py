@@ -111,10 +111,17 @@ def clients(group: GroupFixture, count: int = 2) -> Iterator[list[Client]]:
 
 
 class Gate:
-    """Stops the first call of a method, before or after it was carried out, until the test lets it go on."""
+    """Stops the first call of a method (``every``: all of them), before or after it was carried out, until the test
+    lets it go on."""
 
     def __init__(
-        self, owner: object, method: str, *, after: bool = False, when: Callable[..., bool] = lambda *a, **k: True
+        self,
+        owner: object,
+        method: str,
+        *,
+        after: bool = False,
+        every: bool = False,
+        when: Callable[..., bool] = lambda *a, **k: True,
     ) -> None:
         self.reached = threading.Event()
         self._go = threading.Event()
@@ -124,7 +131,7 @@ class Gate:
 
         def gated(*arguments: Any, **keywords: Any) -> Any:
             with self._lock:
-                mine = not self._used and when(*arguments, **keywords)
+                mine = (every or not self._used) and when(*arguments, **keywords)
                 self._used = self._used or mine
             if mine and not after:
                 self._wait()

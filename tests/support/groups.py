@@ -70,14 +70,15 @@ class GroupFixture:
         (self.folder / name / "tokens.away").rename(self.token_folder(name))
 
     def workers(self, pid: int | None = None) -> dict[str, psutil.Process]:
-        """Worker processes of a client by member's name."""
+        """Worker processes of a client by member's name; those of other groups that it has open do not count."""
         found = {}
         for process in psutil.Process(pid or os.getpid()).children(recursive=True):
             try:
-                command = process.cmdline()
+                command, environment = process.cmdline(), process.environ()
             except psutil.Error:
                 continue
-            if command and command[-1] in self.members and "launch" in " ".join(command):
+            member = self.members.get(command[-1]) if command and "launch" in " ".join(command) else None
+            if member is not None and member["env"].items() <= environment.items():
                 found[command[-1]] = process
         return found
 
