@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hagroup.members.module import ConnectionSettings
-from tests.dropin.run_suite import ROOT, SuiteUnavailable, direct_target, fetch_suite, run_suite
+from tests.dropin.run_suite import ROOT, direct_target, fetch_suite, run_suite
 from tests.support.softhsm import TokenFixture, make_token, token_folder
 
 LABEL, PIN, SO_PIN = "DROPIN", "1234", "12345678"
@@ -41,10 +41,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module", autouse=True)
 def suite() -> Path:
-    try:
-        return fetch_suite()
-    except SuiteUnavailable as error:
-        pytest.skip(str(error))
+    return fetch_suite()
 
 
 def _token(folder: Path) -> TokenFixture:
@@ -86,8 +83,6 @@ def direct() -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="module", params=["process", "none"])
 def group(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    if not MAKE_GROUP.exists():
-        pytest.skip("softhsm-fixtures/make-group is not there")
     with token_folder() as folder:
         made = subprocess.run(
             [str(MAKE_GROUP), str(folder / "group"), "--members", "3", "--isolation", request.param, *_NAMED],
