@@ -59,7 +59,8 @@ app.command()(doctor)
 @app.callback()
 def _options(
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", metavar="FILE", help="hagroup.toml (default: $HAGROUP_CONFIG)")
+        Path | None,
+        typer.Option("--config", "-c", readable=False, metavar="FILE", help="hagroup.toml (default: $HAGROUP_CONFIG)"),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log to standard error what is done")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no word about what went well")] = False,
@@ -70,7 +71,9 @@ def _options(
 
 @group_app.command("create")
 def group_create(
-    so_pin_file: Annotated[Path | None, typer.Option("--so-pin-file", help="file with the members' SO PIN")] = None,
+    so_pin_file: Annotated[
+        Path | None, typer.Option("--so-pin-file", readable=False, help="file with the members' SO PIN")
+    ] = None,
     so_pin_env: Annotated[str | None, typer.Option("--so-pin-env", help="variable with the members' SO PIN")] = None,
     pin_file: PinFile = None,
     pin_env: PinEnv = None,

@@ -43,7 +43,8 @@ member_app = typer.Typer(help="Members: show, add, take out of service and back,
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="the member's name in hagroup.toml")]
 GroupPinFile = Annotated[
-    Path | None, typer.Option("--group-pin-file", help="file with the user PIN of members without a `pin` source")
+    Path | None,
+    typer.Option("--group-pin-file", readable=False, help="file with the user PIN of members without a `pin` source"),
 ]
 GroupPinEnv = Annotated[
     str | None, typer.Option("--group-pin-env", help="variable with the user PIN of members without a `pin` source")
@@ -151,7 +152,7 @@ def member_add(
         str | None, typer.Option("--wrap-mechanism", help="the module's number for RFC 5649")
     ] = None,
     pin_file: Annotated[
-        Path | None, typer.Option("--pin-file", help="file with its user PIN; becomes its `pin` source")
+        Path | None, typer.Option("--pin-file", readable=False, help="file with its user PIN; becomes its `pin` source")
     ] = None,
     pin_env: Annotated[
         str | None, typer.Option("--pin-env", help="variable with its user PIN; becomes its `pin` source")

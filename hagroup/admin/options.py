@@ -16,10 +16,13 @@ from hagroup.engine.group import GroupEngine
 FINE, DEGRADED, USAGE, UNREACHABLE = 0, 1, 2, 3
 
 PinFile = Annotated[
-    Path | None, typer.Option("--pin-file", help="file with the user PIN, for members without a `pin` source")
+    Path | None,
+    typer.Option("--pin-file", readable=False, help="file with the user PIN, for members without a `pin` source"),
 ]
 PinEnv = Annotated[str | None, typer.Option("--pin-env", help="environment variable with the user PIN")]
-SoPinFile = Annotated[Path | None, typer.Option("--so-pin-file", help="file with the SO PIN of an existing member")]
+SoPinFile = Annotated[
+    Path | None, typer.Option("--so-pin-file", readable=False, help="file with the SO PIN of an existing member")
+]
 SoPinEnv = Annotated[str | None, typer.Option("--so-pin-env", help="variable with the SO PIN of an existing member")]
 Json = Annotated[bool, typer.Option("--json", help="print a document for programs")]
 Yes = Annotated[bool, typer.Option("--yes", help="do not ask")]
