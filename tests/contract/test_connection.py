@@ -57,7 +57,7 @@ def ulong(number: int) -> bytes:
     return number.to_bytes(ctypes.sizeof(ctypes.c_ulong), sys.byteorder)
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Waits for a condition; a test that needs a fixed time is a test that fails on a slow day."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -41,7 +41,7 @@ def session(forked_group: GroupFixture, request: pytest.FixtureRequest) -> Itera
     lib.unload()
 
 
-def in_child(work: Callable[[], None], timeout: float = 30.0) -> None:
+def in_child(work: Callable[[], None], timeout: float = 90.0) -> None:
     """Run ``work`` in a forked child; its traceback is the test's failure."""
     reader, writer = os.pipe()
     pid = os.fork()

@@ -335,7 +335,7 @@ def test_what_two_others_saw_is_looked_at_and_not_believed(new_group: Any) -> No
                 if number == 0:
                     assert probed == [], "one witness is none"
             assert probed == [], "our own success is fresher than a heartbeat"
-            wait_until(lambda: probed, "a look at hsm2", timeout=20)
+            wait_until(lambda: probed, "a look at hsm2")
             session.generate_random(8)
             assert set(probed) == {("hsm2", False)}
             in_service(session, "hsm1", "hsm2", "hsm3")

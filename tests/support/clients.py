@@ -16,7 +16,7 @@ from hagroup.engine.session import VirtualSession
 from tests.support import plain
 from tests.support.groups import PIN, GroupFixture, wait_until
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 AES_ECB = 0x1081
 
 

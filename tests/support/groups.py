@@ -108,7 +108,7 @@ def copy_group(source: GroupFixture, folder: Path) -> GroupFixture:
     return group
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = 30.0) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, timeout: float = 90.0) -> Any:
     """The first true value of ``condition``, asked again and again until ``timeout`` seconds have passed."""
     deadline = time.monotonic() + timeout
     while True:

@@ -10,7 +10,7 @@ def converge(group: GroupFixture) -> None:
     """A new client starts; that is all."""
     program = (
         "import time, subprocess, json\n"
-        "deadline = time.monotonic() + 60\n"
+        "deadline = time.monotonic() + 120\n"
         f"command = [sys.executable, '-m', 'hagroup.admin.cli', '--config', {str(group.toml)!r}, 'status', '--json']\n"
         "while True:\n"
         "    done = subprocess.run(command, capture_output=True, text=True)\n"

@@ -43,7 +43,7 @@ class Terminal:
         self.output += more
         return bool(more)
 
-    def expect(self, text: str, timeout: float = 60.0) -> None:
+    def expect(self, text: str, timeout: float = 120.0) -> None:
         """Until it has shown ``text``."""
         deadline = time.monotonic() + timeout
         while text not in self.text:
@@ -53,7 +53,7 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
 
-    def end(self, timeout: float = 60.0) -> int:
+    def end(self, timeout: float = 120.0) -> int:
         """Its exit status, once it has ended by itself."""
         deadline = time.monotonic() + timeout
         while self._read(0.1):

@@ -78,7 +78,7 @@ class Watchdog:
     def said(self, text: str) -> bool:
         return text in self.log.read_text()
 
-    def wait_for(self, text: str, timeout: float = 30.0) -> None:
+    def wait_for(self, text: str, timeout: float = 90.0) -> None:
         try:
             wait_until(lambda: self.said(text), text, timeout)
         except AssertionError as error:
@@ -87,7 +87,7 @@ class Watchdog:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def end(self, timeout: float = 20.0) -> int:
+    def end(self, timeout: float = 60.0) -> int:
         self.signal(signal.SIGTERM)
         return self.process.wait(timeout)
 
@@ -113,7 +113,7 @@ def watching(
 
 
 def get(port: int, path: str) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as reply:
         return str(reply.read().decode())
 
 

@@ -69,7 +69,7 @@ class Served:
         self.page = Page(Endpoint("127.0.0.1", 0), self.board, self.metrics.render)
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.page.address + path, timeout=10) as reply:
+        with urllib.request.urlopen(self.page.address + path, timeout=60) as reply:
             return str(reply.read().decode())
 
 
@@ -115,7 +115,7 @@ def test_page_loads_nothing_from_elsewhere(served: Served) -> None:
 
 
 def test_feed_goes_on(served: Served) -> None:
-    with urllib.request.urlopen(served.page.address + "events", timeout=10) as feed:
+    with urllib.request.urlopen(served.page.address + "events", timeout=60) as feed:
         assert json.loads(feed.readline().removeprefix(b"data: "))["groups"][0]["objects"] == 7
         assert feed.readline() == b"\n"
         served.reports = [STANDING_BY]
@@ -128,7 +128,7 @@ def test_feed_goes_on(served: Served) -> None:
 )
 def test_only_under_its_own_name(served: Served, host: str, status: int) -> None:
     address = served.page.address.removeprefix("http://").rstrip("/")
-    connection = http.client.HTTPConnection(address, timeout=10)
+    connection = http.client.HTTPConnection(address, timeout=60)
     connection.request("GET", "/status.json", headers={"Host": host})
     assert connection.getresponse().status == status
     connection.close()
