@@ -7,7 +7,7 @@ that moved since the ``low`` of the token's own manifest is looked for; then the
 
 from __future__ import annotations
 
-from hagroup.core.records import ObjectState, OwedKind
+from hagroup.core.records import OwedKind
 from hagroup.engine import manifest, replica
 from hagroup.engine.member import Life, Member
 from hagroup.engine.view import View
@@ -28,14 +28,17 @@ def moved_since_low(journal: Journal, view: View, life: Life) -> list[bytes] | N
 def missing_of(
     journal: Journal, member: Member, life: Life, uids: list[bytes], *, timeout: float
 ) -> list[tuple[str, bytes, OwedKind]]:
-    """Rows for what the journal has on the member and is not there, or is there although it was destroyed."""
+    """Rows for what the journal has on the member and is not there, or is there although it was destroyed.
+
+    What is still being created counts as well: whoever brings it to life counts the members that confirmed it.
+    """
     rows = []
     for uid in uids:
         record, copies, owed = journal.object_with_placement(uid)
         if member.name in owed:
             continue
         if record is not None:
-            if record.state is not ObjectState.LIVE or member.name not in copies:
+            if member.name not in copies:
                 continue
             found = replica.locate(
                 life.connection, [record.locator], record.fingerprint, record.attributes, timeout=timeout

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from hagroup.config.logging import get_logger
 from hagroup.core.records import Intent, IntentKind, ObjectRecord, OwedKind
+from hagroup.core.states import State
 from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Outcome, Replicator, Result
 from hagroup.engine.roster import Roster
@@ -87,9 +88,11 @@ class Recovery:
         if old is None or intent.new_attributes is None:
             return True
         after = intent.outcome(old)
-        rows = self._in_flight.take((member.name, old.uid) for member in self._roster.serving())
+        connected = [m for m in self._roster.members.values() if m.serving or m.state is State.RESYNCING]
+        trusted = {member.name for member in connected if member.serving}
+        rows = self._in_flight.take((member.name, old.uid) for member in connected)
         try:
-            idle = [member for member in self._roster.serving() if (member.name, old.uid) in rows]
+            idle = [member for member in connected if (member.name, old.uid) in rows]
             answers = self._ask_for_set(idle, intent, old, after)
             accepted = [(member, life) for member, life, result in answers if result.outcome is Outcome.CONFIRMED]
             if accepted:
@@ -99,7 +102,10 @@ class Recovery:
                     self._journal.commit_set(intent.id)
                 finally:
                     for member, life in accepted:
-                        self._replicator.confirm_set(member, life, old, after)
+                        if member.name in trusted:
+                            self._replicator.confirm_set(member, life, old, after)
+                        else:
+                            self._make_anew(member, old)
             elif answers and all(result.outcome is Outcome.REFUSED for _, _, result in answers):
                 self._journal.rollback_set(intent.id)
             else:
@@ -109,6 +115,14 @@ class Recovery:
         finally:
             self._in_flight.end(rows)
         return True
+
+    def _make_anew(self, member: Member, record: ObjectRecord) -> None:
+        """A member that is being resynced was asked too: else, where none is in service, the change would hinder the
+        admission of each, and nobody could be asked for it. But what else is true of an object on a token that cannot
+        be trusted is not known: its answer counts, and the object is made anew there."""
+        row = (member.name, record.uid)
+        self._journal.give_up([row], doubt=False, kind=OwedKind.SET)
+        self._journal.owe([(*row, OwedKind.INSTALL)])
 
     def _ask_for_set(
         self, members: Sequence[Member], intent: Intent, old: ObjectRecord, after: ObjectRecord

@@ -325,14 +325,19 @@ class Resync:
         for entry in entries:
             if not entry.own and not entry.ghost:
                 by_locator.setdefault(entry.locator, []).append(entry.handle)
-        owed = {row.uid for row in self._journal.owed(member.name)}
+        owed = {row.uid: row.kind for row in self._journal.owed(member.name)}
+        confirmed = {copy.uid for copy in self._journal.copies(member.name)}
         rows: list[tuple[str, bytes, OwedKind]] = []
         for record in self._journal.objects():
             there = by_locator.get(record.locator, [])
             if record.uid in owed:
-                if there:  # from an earlier membership: looked for before it is made
+                # From an earlier membership: looked for before it is made. Or a change of what is not there: were it
+                # taken back, the member would count as having the object.
+                if there or owed[record.uid] is OwedKind.SET:
                     rows.append((member.name, record.uid, OwedKind.INSTALL))
-            elif record.state is ObjectState.LIVE and not self._has_it(life, record, there):
+            elif (record.state is ObjectState.LIVE or record.uid in confirmed) and not self._has_it(
+                life, record, there
+            ):  # one that is being created too: whoever brings it to life counts the members that confirmed it
                 rows.append((member.name, record.uid, OwedKind.INSTALL))
         live = {record.locator for record in self._journal.objects()}
         strangers = [entry for entry in entries if not (entry.own or entry.ghost or entry.locator in live)]

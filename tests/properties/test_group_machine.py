@@ -181,6 +181,46 @@ FOUND: dict[str, tuple[int, list[Step]]] = {
             ("create", 18147, 16989, 44991),
         ],
     ),
+    # an attribute change was open while no member was in service: nobody was asked, and no member was admitted
+    "change of members that all left": (
+        30006,
+        [
+            ("pin", 41158, 13233, 34434),
+            ("create", 28193, 62031, 52286),
+            ("pin", 41135, 2312, 23390),
+            ("create", 60924, 31393, 10991),
+            ("kill", 14699, 50783, 33824),
+            ("set_label", 17431, 34855, 19151),
+            ("set_label", 48673, 17868, 29369),
+            ("pin", 32979, 61683, 38171),
+        ],
+    ),
+    # a token was emptied that had confirmed an object which was still being created, and it counted when it went live
+    "emptied while creating": (
+        30077,
+        [
+            ("fault", 47756, 53052, 1012),
+            ("create", 35717, 32742, 31816),
+            ("kill", 36091, 17798, 18721),
+            ("create", 133, 55676, 33696),
+            ("create", 41919, 21664, 43571),
+            ("empty", 1378, 46713, 28628),
+            ("tick", 48573, 63810, 55544),
+        ],
+    ),
+    # the same for one that was looked at from its manifest's low on
+    "emptied while creating a pair": (
+        30082,
+        [
+            ("create", 10445, 39567, 55562),
+            ("kill", 21757, 62959, 49899),
+            ("hang", 27980, 47302, 53169),
+            ("destroy", 7173, 42601, 51310),
+            ("create", 19761, 42260, 49289),
+            ("empty", 41127, 24375, 27130),
+            ("tick", 50237, 3949, 45350),
+        ],
+    ),
 }
 """Histories that once broke, as short as they could be made: (seed of the group's random numbers, steps)."""
 

@@ -18,7 +18,16 @@ from hagroup.core.calls import Ckr, Handle
 from hagroup.core.ckr import CKR
 from hagroup.core.records import Membership, ObjectRecord, ObjectState
 from hagroup.errors import JournalUnavailable, OutcomeUnknown
-from tests.support.simulated import CKM_AES_CMAC, CKM_EC_KEY_PAIR_GEN, CKM_ECDSA, Fate, SimMember, SimObject, signature
+from tests.support.simulated import (
+    CKM_AES_CMAC,
+    CKM_EC_KEY_PAIR_GEN,
+    CKM_ECDSA,
+    Fate,
+    SimMember,
+    SimObject,
+    SimToken,
+    signature,
+)
 from tests.support.simulation import EXPECTED, LATE_WINDOW, PIN, Client, Killed, Simulation, key_template
 
 Step = tuple[str, int, int, int]
@@ -62,7 +71,8 @@ class Unknown:
 class Damage:
     """A token was emptied or put back: the journal cannot know before somebody connects to it."""
 
-    since: float
+    admitted: float
+    """When the member was last admitted, or taken out of service, before that."""
 
 
 @dataclass
@@ -211,7 +221,8 @@ class History:
             one is not None and (one.kill_in, one.journal_fault_in, one.intrusion) != (None, None, None)
             for one in self.clients
         )
-        return fine and quiet and not self.damage and thing.state == "live" and len(copies) == 3 and not owed
+        right = all(one.token is one.right_token and simulation.joined(one) for one in simulation.members.values())
+        return fine and quiet and right and not self.damage and thing.state == "live" and len(copies) == 3 and not owed
 
     def _connected(self, number: int) -> bool:
         client = self.clients[number % len(self.clients)]
@@ -267,7 +278,7 @@ class History:
 
     def snapshot(self, member: int, _: int, __: int) -> None:
         one = self._member(member)
-        self.snapshots[one.name] = _copied(one.token.objects)
+        self.snapshots[one.name] = _copied(one.right_token.objects)
 
     def restore(self, member: int, _: int, __: int) -> None:
         """An old backup is put back into the token."""
@@ -284,13 +295,38 @@ class History:
 
     def _may_damage(self, member: SimMember) -> bool:
         """One disaster at a time: another token is whole."""
-        return not self.damage or set(self.damage) == {member.name}
+        return member.token is member.right_token and (not self.damage or set(self.damage) == {member.name})
 
     def _damage(self, member: SimMember, objects: dict[int, SimObject]) -> None:
         member.power_cycle()
         member.late.clear()
         member.token.objects = objects
-        self.damage[member.name] = Damage(self.simulation.clock.now)
+        since = next(one.since for one in self.simulation.journal.members() if one.name == member.name)
+        self.damage[member.name] = Damage(since)
+
+    def swap(self, member: int, _: int, __: int) -> None:
+        """Another token is behind the member's address, with another serial number; or the right one again."""
+        one = self._member(member)
+        one.power_cycle()
+        one.late.clear()
+        if one.token is one.right_token:
+            one.token = SimToken(f"other-{one.token.serial}", PIN)
+        else:
+            self._put_back(one)
+
+    def _put_back(self, member: SimMember) -> None:
+        other = member.token
+        member.token = member.right_token
+        if other is not member.token and (other.objects or other.logins or other.refused):
+            raise Broken(f"something was done on another token than {member.name}'s")
+
+    def wipe(self, member: int, how: int, _: int) -> None:
+        """The domain's keys are deleted with other tools; all else stays."""
+        one = self._member(member)
+        if one.token is one.right_token:
+            one.token.objects = {n: item for n, item in one.token.objects.items() if item.label not in OWN}
+            if how & 1:
+                one.power_cycle()
 
     def pin(self, member: int, _: int, __: int) -> None:
         """Somebody changes the member's PIN with other tools; a person puts things right when all is healed."""
@@ -336,6 +372,29 @@ class History:
 
     def time(self, how: int, _: int, __: int) -> None:
         self.simulation.clock.now += (0.3, 1.0, 3.0, 11.0, 31.0, 200.0, 700.0)[how % 7]
+
+    def wall(self, how: int, _: int, __: int) -> None:
+        """Somebody sets the clock on the wall."""
+        self.simulation.clock.wall_offset += (-86_400.0, -7.0, 13.0, 1e6)[how % 4]
+
+    def reboot(self, _: int, __: int, ___: int) -> None:
+        """The host starts again: all processes end, and boot time starts anew. Members elsewhere notice nothing."""
+        for one in self.clients:
+            if one is not None and not one.dead:
+                one.bury()
+        before = self.simulation.clock.now
+        self.simulation.clock.reboot()
+        for member in self.simulation.members.values():
+            for call in member.late:
+                call.since -= before
+
+    def fork(self, client: int, _: int, __: int) -> None:
+        one = self.clients[client % len(self.clients)]
+        if one is not None and not one.dead:
+            try:
+                one.fork()
+            except (JournalUnavailable, Killed):
+                one.bury()
 
     # -- steps, and what must hold after each ------------------------------------------------------------------
     def run(self, step: Step) -> None:
@@ -399,9 +458,7 @@ class History:
         for name, member in self.simulation.members.items():
             damage = self.damage.get(name)
             if damage is not None:
-                if members[name].membership is Membership.ADMITTED and (
-                    members[name].since > damage.since + 1_700_000_000.0
-                ):
+                if members[name].membership is Membership.ADMITTED and members[name].since != damage.admitted:
                     del self.damage[name]
                 else:
                     continue
@@ -411,7 +468,8 @@ class History:
                 if record is None or copy.uid in owed or copy.revision != record.revision:
                     continue
                 holders[copy.uid] += 1
-                self._check_copy(member, record, known[copy.uid])
+                if member.token is member.right_token:
+                    self._check_copy(member, record, known[copy.uid])
         if not self.damage:
             for uid, count in holders.items():
                 owed_to = {row.member for row in journal.owed() if row.uid == uid}
@@ -457,6 +515,7 @@ class History:
                 else:
                     member.late.pop(0)
             member.late.clear()
+            self._put_back(member)
             member.down = member.hung = member.token.full = False
 
     def people(self) -> None:
@@ -466,6 +525,10 @@ class History:
             if member.token.pin != PIN or member.token.count_low:
                 member.token.pin, member.token.count_low = PIN, False
                 self.pin_refusals[member.name] = len(member.token.refused)
+            if not simulation.joined(member):
+                kept = {n: item for n, item in member.token.objects.items() if item.label not in OWN}
+                member.token.objects = kept
+                simulation.give_domain(member, *simulation.domain)
             simulation.journal.forget_login(member.name)
         for record in simulation.journal.members():
             if record.membership is Membership.QUARANTINED:
@@ -565,8 +628,8 @@ def _copied(objects: dict[int, SimObject]) -> dict[int, SimObject]:
 
 
 CLIENT_STEPS = ("create", "set_label", "destroy", "sign", "find", "tick")
-WORLD_STEPS = ("fault", "off", "hang", "back", "full", "snapshot", "restore", "empty", "pin", "late")
-TROUBLE = ("kill", "journal_error", "intrude", "time")
+WORLD_STEPS = ("fault", "off", "hang", "back", "full", "snapshot", "restore", "empty", "pin", "late", "swap", "wipe")
+TROUBLE = ("kill", "journal_error", "intrude", "time", "wall", "reboot", "fork")
 INTRUSIONS = ("set_label", "destroy", "tick", "create", "late", "off", "back", "sign")
 WEIGHTS = {
     "create": 10,
@@ -589,6 +652,11 @@ WEIGHTS = {
     "journal_error": 3,
     "intrude": 5,
     "time": 6,
+    "swap": 2,
+    "wipe": 1,
+    "wall": 1,
+    "reboot": 1,
+    "fork": 2,
 }
 
 

@@ -32,17 +32,19 @@ class FakeClock:
     def __init__(self) -> None:
         self.now = 1000.0
         self.boot_name = "boot-1"
+        self.wall_offset = 1_700_000_000.0
 
     def boot(self) -> float:
         return self.now
 
     def wall(self) -> float:
-        return 1_700_000_000.0 + self.now
+        return self.wall_offset + self.now
 
     def boot_id(self) -> str:
         return self.boot_name
 
     def reboot(self) -> None:
+        self.wall_offset += self.now - 5.0
         self.now, self.boot_name = 5.0, self.boot_name + "+"
 
 

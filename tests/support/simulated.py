@@ -125,6 +125,7 @@ class SimToken:
         """PINs that it refused, in order."""
         self.count_low = False
         self.full = False
+        self.logins = 0
 
     def snapshot(self) -> dict[int, SimObject]:
         return {number: copy.copy(item) for number, item in self.objects.items()} | {}
@@ -152,6 +153,8 @@ class SimMember:
     def __init__(self, name: str, serial: str, pin: bytes, *, local: bool, now: Callable[[], float]) -> None:
         self.name = name
         self.token = SimToken(serial, pin)
+        self.right_token = self.token
+        """Another one may be behind its address."""
         self.local = local
         """A call ends with its worker, as in a module that works in the worker's own process."""
         self.now = now
@@ -392,6 +395,7 @@ class SimConnection:
                 token.count_low = True
                 raise Ckr(CKR.PIN_INCORRECT, "C_Login")
             token.count_low = False
+            token.logins += 1
             self._logged_in = user_type
 
         self._do("C_Login", action)

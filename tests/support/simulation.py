@@ -32,7 +32,7 @@ from hagroup.engine.login import CKU_USER
 from hagroup.engine.session import VirtualSession
 from hagroup.errors import GroupUnavailable, HAError, JournalUnavailable
 from hagroup.journal import SqliteJournal
-from hagroup.members import ConnectionSettings
+from hagroup.members import ConnectionSettings, ModuleProblem
 from tests.support.journals import FakeClock
 from tests.support.simulated import Fate, SimConnection, SimMember, SimObject
 
@@ -225,6 +225,16 @@ class Client:
             self.session = session
         return self.session
 
+    def fork(self) -> None:
+        """It goes on as its own forked child, and the parent ends. (Between two calls: what another thread was in the
+        middle of does not exist in a child.)"""
+        self.real._database.before_fork()
+        self.real._database.after_fork_in_child()
+        self.real.after_fork_in_child()
+        self.engine.renew_after_fork()
+        self.simulation.owners[self.real.owner] = self
+        self.engine.roster.changed = _Changed(self)
+
     def bury(self) -> None:
         """Its locks are free, its workers gone."""
         self.dead = True
@@ -319,6 +329,8 @@ class Simulation:
             raise MemberGone(f"{settings.name} is off", sent=False)
         if member.hung:
             raise DeadlinePassed(f"{settings.name} does not answer")
+        if settings.token_serial != member.token.serial:
+            raise ModuleProblem(f"{settings.name} has no token with serial {settings.token_serial}")
         return member.connect(generation, settings.lock_file, owner)
 
     def _script(self, connection: SimConnection, name: str, changes: bool) -> Fate:
@@ -380,6 +392,10 @@ class Simulation:
             manifest.write(connection, keys, shown, timeout=1)
             connection.kill()
             member.script, member.after = self._script, self._after
+
+    def joined(self, member: SimMember) -> bool:
+        """Whether the domain's keys are on its token."""
+        return {DOMAIN_LABEL, PARTITION_LABEL} <= {item.label for item in member.token.objects.values()}
 
     def give_domain(self, member: SimMember, ids: tuple[bytes, bytes], secrets: tuple[bytes, bytes]) -> None:
         """As ``ha-admin domain join``."""
