@@ -13,6 +13,7 @@ from rich.console import Console
 
 from hagroup.admin import commands, show, sync_commands
 from hagroup.admin.backup_commands import backup_app
+from hagroup.admin.clear_commands import clear
 from hagroup.admin.doctor_commands import doctor, recover
 from hagroup.admin.journal_commands import journal_app
 from hagroup.admin.member_commands import member_app
@@ -52,6 +53,7 @@ app.add_typer(member_app, name="member")
 app.add_typer(journal_app, name="journal")
 app.add_typer(backup_app, name="backup")
 app.command()(verify)
+app.command()(clear)
 app.command()(recover)
 app.command()(doctor)
 

@@ -173,6 +173,7 @@ def check(journal: Journal, view: View, member: Member, life: Life, *, timeout: 
         if record.membership is Membership.ADMITTED:
             _resync(journal, member, "its token shows no manifest: it was emptied or replaced")
         return
+    life.manifest_epoch = found.epoch
     life.manifest_high = found.high if found.epoch == view.group.epoch else 0
     life.manifest_low = found.low if found.epoch == view.group.epoch else 0
     if found.group != view.group.serial:

@@ -27,6 +27,7 @@ class Life:
         "handles",
         "keys",
         "logged_in",
+        "manifest_epoch",
         "manifest_high",
         "manifest_low",
         "mechanisms",
@@ -57,6 +58,8 @@ class Life:
         """The domain's two keys; None until logged in."""
         self.handles: dict[bytes, int] = {}
         """UID to handle of token objects found in this life."""
+        self.manifest_epoch = ""
+        """Epoch that the token's manifest shows; empty: it shows none."""
         self.manifest_high = 0
         """Newest change number that the manifest on the token is known to show."""
         self.manifest_low = 0

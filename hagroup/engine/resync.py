@@ -23,7 +23,7 @@ from hagroup.core.records import (
     Tombstone,
 )
 from hagroup.core.states import Event, State
-from hagroup.engine import ghosts, manifest, recent, replica
+from hagroup.engine import cleared, ghosts, manifest, recent, replica
 from hagroup.engine.member import Life, Member
 from hagroup.engine.recovery import Recovery
 from hagroup.engine.replicate import Outcome, Replicator, Result
@@ -135,6 +135,7 @@ class Resync:
         record = self._view.members[member.name]
         if record.membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
             self._haunted.add(member.name)
+            cleared.sweep(self._journal, self._view, member, life, timeout=self._timeout)
             self.inventory(member, life)
         elif not life.proved_since_low:
             self._prove_since_low(member, life)
@@ -160,7 +161,7 @@ class Resync:
             self._view.group, self._view.members, low=record.low, high=max(life.manifest_high, record.announced)
         )
         manifest.write(life.connection, life.keys, shown, timeout=self._timeout)
-        life.manifest_high = shown.high
+        life.manifest_high, life.manifest_epoch = shown.high, shown.epoch
         keeps_out = self._journal.admit(member.name, barrier=barrier, low=barrier, lease=lease)
         if keeps_out:
             log.info("member.not-admitted", member=member.name, owed=len(keeps_out))
