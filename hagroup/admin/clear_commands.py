@@ -27,7 +27,8 @@ def clear(pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False, as
     if as_json:
         print_json(done)
     else:
-        say(f"group {group.label} is empty: {done.objects} objects destroyed, on {', '.join(done.emptied) or 'no member'}")
+        where = ", ".join(done.emptied) or "no member"
+        say(f"group {group.label} is empty: {done.objects} objects destroyed, on {where}")
         for name, why in done.later.items():
             say(f"member {name} is emptied before it serves again ({why})")
     if done.later:

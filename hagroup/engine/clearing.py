@@ -20,8 +20,8 @@ class Cleared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def clear(group: GroupEngine) -> Cleared:
-    """Tombstones for everything, in a new epoch; then every member that can be reached is emptied. Interrupted, the same
-    call completes it.
+    """Tombstones for everything, in a new epoch; then every member that can be reached is emptied. Interrupted, the
+    same call completes it.
 
     :raises GroupUnavailable: no member is there to be emptied; nothing was changed.
     """

@@ -26,6 +26,7 @@ class Life:
         "connection",
         "handles",
         "keys",
+        "keys_renewed",
         "logged_in",
         "manifest_epoch",
         "manifest_high",
@@ -56,6 +57,8 @@ class Life:
         self.logged_in = False
         self.keys: DomainKeys | None = None
         """The domain's two keys; None until logged in."""
+        self.keys_renewed = False
+        """Keys that a rotation replaced are on the token no more, as far as this life saw."""
         self.handles: dict[bytes, int] = {}
         """UID to handle of token objects found in this life."""
         self.manifest_epoch = ""
@@ -104,6 +107,8 @@ class Member:
         """A background task (connect, probe, resync) is running for it."""
         self.unreported_login: tuple[LoginState | None] | None = None
         """Outcome of this process's last C_Login where the journal could not be told."""
+        self.learning = False
+        """It is just looking for the domain's new keys."""
         self.manifest_lock = threading.Lock()
         self.journal_behind: str | None = None
         """Why no change may be made: this member's manifest shows more than the journal knows (DESIGN.md 4.6)."""
@@ -112,7 +117,7 @@ class Member:
         """In the child: not connected; what stands in the way of serving for good stays."""
         self.life = None
         self.outstanding = 0
-        self.busy = False
+        self.busy = self.learning = False
         self.failures = 0
         self.next_attempt = 0.0
         self.rests = 0

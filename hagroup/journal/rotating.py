@@ -46,7 +46,8 @@ class Rotating(Opened):
 
 def _rewrap(t: Transaction, uid: bytes, revision: int, before: bytes, after: bytes) -> bool:
     done = t.sql.execute(
-        "UPDATE objects SET envelope = ? WHERE uid = ? AND revision = ? AND envelope = ?", (after, uid, revision, before)
+        "UPDATE objects SET envelope = ? WHERE uid = ? AND revision = ? AND envelope = ?",
+        (after, uid, revision, before),
     )
     if done.rowcount:
         t.touch(uid)

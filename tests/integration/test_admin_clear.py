@@ -26,8 +26,14 @@ def test_nothing_comes_back(new_group: Callable[..., GroupFixture]) -> None:
         wait_until(lambda: len(engine(session).roster.serving()) == 3, "all serve")
         session.generate_keypair(KeyType.RSA, 2048, store=True, label="signer")
         key = session.generate_key(KeyType.AES, 256, store=True, label="key")
-        session.create_object({pkcs11.Attribute.CLASS: pkcs11.ObjectClass.DATA, pkcs11.Attribute.LABEL: "note",
-                               pkcs11.Attribute.TOKEN: True, pkcs11.Attribute.VALUE: b"x"})
+        session.create_object(
+            {
+                pkcs11.Attribute.CLASS: pkcs11.ObjectClass.DATA,
+                pkcs11.Attribute.LABEL: "note",
+                pkcs11.Attribute.TOKEN: True,
+                pkcs11.Attribute.VALUE: b"x",
+            }
+        )
         wait_until(lambda: not engine(session).journal.owed(), "all on all")
         group.stop("hsm3")
         session.generate_key(KeyType.AES, 256, store=True, label="while away")
