@@ -112,8 +112,9 @@ def domain_join(
     so_pin_file: SoPinFile = None,
     so_pin_env: SoPinEnv = None,
 ) -> None:
-    """Give both keys to a member of hagroup.toml that lacks them: from the shares, or from a member that has them, whose
-    security officer is needed.
+    """Give both keys to a member of hagroup.toml that lacks them: from the shares, or from a member that has them.
+
+    From a member takes its security officer too.
 
     For a token that was reset, or was away while the keys were changed; and, in a sealed domain, before `member add`.
     """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import sys
-from collections.abc import Sequence
+import termios
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from hagroup.engine import shares
@@ -72,8 +73,22 @@ def collect(files: Sequence[Path]) -> tuple[bytes, bytes]:
         return first, second
     if not sys.stdin.isatty():
         raise ConfigurationError("shares are typed on a terminal, or named with --share-file; nothing was changed")
-    first, second = (shares.combine(_typed(what), what) for what in SECRETS)
+    with _unseen():
+        first, second = (shares.combine(_typed(what), what) for what in SECRETS)
     return first, second
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Echo is off from the first share to the last: what is typed ahead does not show either."""
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(terminal, termios.TCSAFLUSH, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
 
 
 def _read(files: Sequence[Path], what: str) -> list[str]:
@@ -95,10 +110,12 @@ def _typed(what: str) -> list[str]:
     mistakes = 0
     while wanted is None or len(found) < wanted:
         of = "" if wanted is None else f" of {wanted}"
-        try:
-            words = " ".join(getpass.getpass(f"{what}, share {len(found) + 1}{of} (not shown): ").lower().split())
-        except (EOFError, KeyboardInterrupt):
-            raise ConfigurationError("stopped; nothing was changed") from None
+        print(f"{what}, share {len(found) + 1}{of} (not shown): ", end="", flush=True)
+        line = sys.stdin.readline()
+        print()
+        if not line:
+            raise ConfigurationError("stopped; nothing was changed")
+        words = " ".join(line.lower().split())
         try:
             name, needed = shares.needed_for(words)
             if set_name not in (None, name):

@@ -261,6 +261,8 @@ class Rotation(msgspec.Struct, frozen=True, kw_only=True):
     wrapped: dict[str, tuple[bytes, bytes]]
     """The new keys by serial number of a token, each for that token's own transport key: who was away takes them from
     here on return."""
+    former: tuple[tuple[bytes, bytes], ...] = ()
+    """Names of all pairs that were ever replaced, these here too: a token that was away may still have some."""
     finished: bool = False
     """No envelope of the journal is under the replaced keys any more: each member may drop them."""
 

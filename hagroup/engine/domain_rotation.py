@@ -34,7 +34,7 @@ from hagroup.errors import ConfigurationError, GroupUnavailable
 
 log = get_logger(__name__)
 
-SETTLE = 2.5
+SETTLE = 1.5
 """Seconds in which every running program notices (it looks each second) and seals anew what it keeps in memory."""
 BATCH = 32
 _PATIENCE = 120.0
@@ -142,6 +142,7 @@ def _begin(group: GroupEngine, so_pin: Pin, *, sealed: bool, secrets: tuple[byte
                 reference=group.view.group.reference,
                 sealed=sealed,
                 wrapped=wrapped,
+                former=(*_former(group), (keys.domain_key_id, keys.partition_key_id)),
             )
             group.journal.begin_rotation(
                 domain_key_id=ids[0], partition_key_id=ids[1], reference=reference, rotation=rotation
@@ -153,6 +154,11 @@ def _begin(group: GroupEngine, so_pin: Pin, *, sealed: bool, secrets: tuple[byte
             raise
     group.journal.event("domain rotation begun", f"new keys on {', '.join(side.name for side in sides)}")
     group.follow()
+
+
+def _former(group: GroupEngine) -> tuple[tuple[bytes, bytes], ...]:
+    rotation = group.view.group.rotation
+    return () if rotation is None else rotation.former
 
 
 def is_sealed(life: Life, keys: DomainKeys, *, timeout: float) -> bool:

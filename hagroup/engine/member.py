@@ -57,8 +57,8 @@ class Life:
         self.logged_in = False
         self.keys: DomainKeys | None = None
         """The domain's two keys; None until logged in."""
-        self.keys_renewed = False
-        """Keys that a rotation replaced are on the token no more, as far as this life saw."""
+        self.keys_renewed = b""
+        """Name of the domain key beside which this life saw no replaced ones on the token."""
         self.handles: dict[bytes, int] = {}
         """UID to handle of token objects found in this life."""
         self.manifest_epoch = ""

@@ -5,6 +5,8 @@ Each member is done by whoever has it first, the command itself or, for one that
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+
 import msgspec
 
 from hagroup.config.logging import get_logger
@@ -28,7 +30,12 @@ log = get_logger(__name__)
 def due(view: View, life: Life) -> bool:
     """The journal needs the replaced keys no more, and this member may have them still."""
     rotation = view.group.rotation
-    return rotation is not None and rotation.finished and not life.keys_renewed and current(life.keys, view.group)
+    return (
+        rotation is not None
+        and rotation.finished
+        and life.keys_renewed != view.group.domain_key_id
+        and current(life.keys, view.group)
+    )
 
 
 def renew(journal: Journal, view: View, member: Member, life: Life, *, timeout: float) -> None:
@@ -36,10 +43,12 @@ def renew(journal: Journal, view: View, member: Member, life: Life, *, timeout: 
 
     Call it under the member's resync lease.
     """
-    keys = life.keys
-    assert keys is not None
-    group = view.group
-    outdated = _outdated(life.connection, group.domain_key_id, group.partition_key_id, timeout=timeout)
+    view.refresh(always=True)
+    group, keys = view.group, life.keys
+    if not due(view, life) or keys is None or group.rotation is None:
+        return  # the next change of keys has begun meanwhile
+    former = {name for pair in group.rotation.former for name in pair}
+    outdated = _named(life.connection, former, timeout=timeout)
     if outdated:
         _records(journal, life, timeout=timeout)
         with member.manifest_lock:
@@ -51,7 +60,7 @@ def renew(journal: Journal, view: View, member: Member, life: Life, *, timeout: 
         journal.event("domain keys replaced", "the old ones are destroyed on its token", member=member.name)
         log.info("member.old-keys-destroyed", member=member.name)
     life.keys = msgspec.structs.replace(keys, older=None)
-    life.keys_renewed = True
+    life.keys_renewed = group.domain_key_id
 
 
 def _records(journal: Journal, life: Life, *, timeout: float) -> None:
@@ -66,10 +75,13 @@ def _records(journal: Journal, life: Life, *, timeout: float) -> None:
         _destroy(life.connection, handle, timeout=timeout)
 
 
-def _outdated(connection: Connection, domain_key_id: bytes, partition_key_id: bytes, *, timeout: float) -> list[Handle]:
-    """Keys of the domain on the token other than the present ones, from whichever rotation."""
-    found = []
-    for label, present in ((DOMAIN_LABEL, domain_key_id), (PARTITION_LABEL, partition_key_id)):
+def _named(connection: Connection, names: Collection[bytes], *, timeout: float) -> list[Handle]:
+    """Keys of the domain on the token with these names. Never "all others": the next ones may just be handed out."""
+    return [handle for handle, name in _keys(connection, timeout=timeout) if name in names]
+
+
+def _keys(connection: Connection, *, timeout: float) -> Iterator[tuple[Handle, bytes]]:
+    for label in (DOMAIN_LABEL, PARTITION_LABEL):
         template: Template = [
             (int(CKA.CLASS), pack_ulong(CKO.SECRET_KEY)),
             (int(CKA.TOKEN), pack_bool(True)),
@@ -77,18 +89,17 @@ def _outdated(connection: Connection, domain_key_id: bytes, partition_key_id: by
         ]
         for handle in find_all(connection, template, timeout=timeout):
             values, _ = connection.get(handle, [int(CKA.ID)], timeout=timeout)
-            if values.get(CKA.ID) != present:
-                found.append(handle)
-    return found
+            yield handle, values.get(CKA.ID, b"")
 
 
-def drop_unknown(connection: Connection, known: set[bytes], *, timeout: float) -> None:
-    """Keys of the domain that no rotation names: what one left that was cut off before it was recorded."""
-    for label in (DOMAIN_LABEL, PARTITION_LABEL):
-        for handle in find_all(connection, [(int(CKA.LABEL), label)], timeout=timeout):
-            values, _ = connection.get(handle, [int(CKA.ID)], timeout=timeout)
-            if values.get(CKA.ID) not in known:
-                _destroy(connection, handle, timeout=timeout)
+def drop_unknown(connection: Connection, known: Collection[bytes], *, timeout: float) -> None:
+    """Keys of the domain that no rotation names: what one left that was cut off before it was recorded.
+
+    Only for who has the right of administration: else they may just be handed out.
+    """
+    for handle, name in list(_keys(connection, timeout=timeout)):
+        if name not in known:
+            _destroy(connection, handle, timeout=timeout)
 
 
 def _destroy(connection: Connection, handle: Handle, *, timeout: float) -> None:

@@ -76,8 +76,8 @@ class SqliteJournal(Reading, Changing, Owing, Members, Notes, Clearing, Rotating
                     schema.install(connection)
                     _fill(connection, new_epoch(None), clock.boot_id())
                     connection.execute(
-                        "INSERT INTO identity (only, label, serial, domain_key_id, partition_key_id, reference, machine, "
-                        "inode, device) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?)",
+                        "INSERT INTO identity (only, label, serial, domain_key_id, partition_key_id, reference, "
+                        "machine, inode, device) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?)",
                         (
                             label,
                             serial,
