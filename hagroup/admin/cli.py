@@ -13,7 +13,9 @@ from rich.console import Console
 
 from hagroup.admin import commands, show, sync_commands
 from hagroup.admin.backup_commands import backup_app
+from hagroup.admin.clear_commands import clear
 from hagroup.admin.doctor_commands import doctor, recover
+from hagroup.admin.domain_commands import domain_app
 from hagroup.admin.journal_commands import journal_app
 from hagroup.admin.member_commands import member_app
 from hagroup.admin.options import (
@@ -49,9 +51,11 @@ app = typer.Typer(
 group_app = typer.Typer(help="The group as a whole.", no_args_is_help=True)
 app.add_typer(group_app, name="group")
 app.add_typer(member_app, name="member")
+app.add_typer(domain_app, name="domain")
 app.add_typer(journal_app, name="journal")
 app.add_typer(backup_app, name="backup")
 app.command()(verify)
+app.command()(clear)
 app.command()(recover)
 app.command()(doctor)
 

@@ -72,16 +72,16 @@ def create(
             f"{path}: [group] serial is set ({config.group.serial}): this group was created already; `ha-admin status` "
             "shows it"
         )
-    user_pins = _user_pins(config, pin)
+    given = user_pins(config, pin)
     officer = pins.read("SO PIN", file=so_pin[0], variable=so_pin[1])
     names = ", ".join(member.name for member in config.members)
     if confirm is not None and not confirm(f"Create group {config.group.label} of {names}?"):
         raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
-    serial = group_setup.create_group(config, user_pins, officer, sealed=sealed, clock=SystemClock())
+    serial = group_setup.create_group(config, given, officer, sealed=sealed, clock=SystemClock())
     print(f"group {config.group.label} ({serial}) created: {names}")
 
 
-def _user_pins(config: GroupConfig, options: PinOptions) -> dict[str, Pin]:
+def user_pins(config: GroupConfig, options: PinOptions) -> dict[str, Pin]:
     """The user PIN of every member: its own source, else the one given for all."""
     found: dict[str, Pin] = {}
     given: Pin | None = None
@@ -97,7 +97,7 @@ def _user_pins(config: GroupConfig, options: PinOptions) -> dict[str, Pin]:
 
 def stamped_pins(config: GroupConfig, options: PinOptions) -> dict[str, tuple[Pin, str, str]]:
     """PIN, source and stamp for every member."""
-    given = _user_pins(config, options)
+    given = user_pins(config, options)
     return {
         member.name: (given[member.name], APPLICATION, "")
         if member.pin is None
@@ -193,7 +193,7 @@ def member_objects(path: Path, name: str, *, pin: PinOptions) -> list[ObjectLine
         serials = {record.name: record.serial for record in journal.members()}
         life = open_life(member, journal, generation=1, timeout=timeout, serial=serials.get(name))
         try:
-            secret = _user_pins(msgspec.structs.replace(config, members=(member,)), pin)[name]
+            secret = user_pins(msgspec.structs.replace(config, members=(member,)), pin)[name]
             _log_in(journal, member, life, secret, timeout=timeout)
             entries = replica.inventory(life.connection, timeout=timeout)
         finally:

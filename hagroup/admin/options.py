@@ -61,6 +61,11 @@ def confirm(question: str) -> bool:
     return sys.stdin.isatty() and typer.confirm(question)
 
 
+def typed(question: str, expected: str) -> bool:
+    """Whether a person at a terminal typed just that."""
+    return sys.stdin.isatty() and typer.prompt(question, default="", show_default=False) == expected
+
+
 def print_json(document: object) -> None:
     print(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
 

@@ -245,6 +245,26 @@ class MemberRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Newest one that its manifest was seen to show."""
     default_extractable: bool = False
     """EXTRACTABLE of a key made without it on this member, learnt at join."""
+    transport: bytes = b""
+    """Public part of its token's own transport key, sealed under the partition key; empty: it has none."""
+
+
+class Rotation(msgspec.Struct, frozen=True, kw_only=True):
+    """The newest change of the domain's two keys: from these here to those that the group record names."""
+
+    domain_key_id: bytes
+    """Of the key that was replaced; so the other two."""
+    partition_key_id: bytes
+    reference: bytes
+    sealed: bool
+    """The new keys cannot leave a member."""
+    wrapped: dict[str, tuple[bytes, bytes]]
+    """The new keys by serial number of a token, each for that token's own transport key: who was away takes them from
+    here on return."""
+    former: tuple[tuple[bytes, bytes], ...] = ()
+    """Names of all pairs that were ever replaced, these here too: a token that was away may still have some."""
+    finished: bool = False
+    """No envelope of the journal is under the replaced keys any more: each member may drop them."""
 
 
 class GroupRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -261,6 +281,10 @@ class GroupRecord(msgspec.Struct, frozen=True, kw_only=True):
     partition_key_id: bytes
     reference: bytes
     """Reference envelope: opens only with both keys of the domain (G9, where no member serves)."""
+    cleared: str = ""
+    """Epoch that began when the group was emptied last: what a token of an older one holds of the group goes."""
+    rotation: Rotation | None = None
+    """Everything new is sealed under ``domain_key_id`` and ``partition_key_id`` from the moment it is recorded."""
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):

@@ -133,7 +133,7 @@ class _Attempt:
             return False
         if self._only is not None and member is not self._only:
             return False
-        if self._need_keys and (member.life is None or member.life.keys is None):
+        if self._need_keys and not self._roster.usable_keys(member):
             return False
         return all(item.on(member) for item in self._objects)
 

@@ -12,8 +12,9 @@ from hagroup.config.logging import get_logger
 from hagroup.core.attributes import CKA
 from hagroup.core.calls import Ckr, Handle
 from hagroup.core.ckr import CKR
-from hagroup.core.records import Intent, ObjectRecord, OwedKind
+from hagroup.core.records import GroupRecord, Intent, ObjectRecord, OwedKind
 from hagroup.engine.domain import reseal
+from hagroup.engine.envelope import generation
 from hagroup.engine.member import Life, Member
 from hagroup.engine.objects import SessionObject, TokenObject
 from hagroup.engine.replicate import Outcome, Result
@@ -28,6 +29,12 @@ log = get_logger(__name__)
 
 class _Overtaken(Exception):
     """Another change of the object came first, so this one starts from what that one left."""
+
+
+def _expect_present_keys(group: GroupRecord, after: ObjectRecord) -> None:
+    """What was sealed before the domain's keys were changed is sealed anew."""
+    if after.envelope is not None and generation(after.envelope) != (group.domain_key_id, group.partition_key_id):
+        raise _Overtaken
 
 
 class Changer:
@@ -83,6 +90,7 @@ class Changer:
                     asking=asking,
                     membership_revision=revision,
                 ),
+                prepare=lambda group: _expect_present_keys(group, after),
                 # Those that owe something for it already are left alone: what they are asked for may come to be late.
                 usable=lambda member: member.name in found.members,
             )

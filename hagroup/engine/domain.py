@@ -7,6 +7,7 @@ does not open, somebody tampered or the partition key differs; where the inner o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 from hagroup.core.attributes import CKO
 from hagroup.core.calls import Handle, SessionId, Template
@@ -14,7 +15,7 @@ from hagroup.core.records import ObjectRecord
 from hagroup.engine import envelope as form
 from hagroup.engine.domain_keys import DomainKeys, IntegrityAlarm, decrypt, encrypt, find_domain, open_data, seal_data
 from hagroup.engine.envelope import Content, Envelope, EnvelopeError, Header
-from hagroup.engine.inner_layer import unwrap_key, unwrap_value, wrap_key, wrap_value
+from hagroup.engine.inner_layer import rewrap, unwrap_key, unwrap_value, wrap_key, wrap_value
 from hagroup.errors import DomainMismatch
 from hagroup.members.api import Connection
 
@@ -60,12 +61,13 @@ def _close(
 
 def _open_outer(
     connection: Connection, keys: DomainKeys, envelope: bytes, record: ObjectRecord, *, sid: SessionId, timeout: float
-) -> Content:
+) -> tuple[DomainKeys, Content]:
+    """With the keys that it is under: those that were replaced, perhaps."""
     try:
         read = form.decode(envelope)
     except EnvelopeError as error:
         raise IntegrityAlarm(f"the envelope of object {record.uid.hex()} cannot be read: {error}") from error
-    _same_keys(keys, read.header)
+    keys = keys.named(read.header.domain_key_id, read.header.partition_key_id) or _other_keys(keys, read.header)
     expected = _header(
         keys,
         uid=record.uid,
@@ -93,22 +95,21 @@ def _open_outer(
             "attributes were tampered with, or this member's partition key is another one"
         )
     try:
-        return form.decode_content(opened)
+        return keys, form.decode_content(opened)
     except EnvelopeError as error:
         raise IntegrityAlarm(f"the envelope of object {record.uid.hex()}: {error}") from error
 
 
-def _same_keys(keys: DomainKeys, header: Header) -> None:
+def _other_keys(keys: DomainKeys, header: Header) -> NoReturn:
     if header.partition_key_id != keys.partition_key_id:
         raise DomainMismatch(
             f"the envelope was sealed under partition key {header.partition_key_id.hex()}, the member has "
             f"{keys.partition_key_id.hex()}"
         )
-    if header.domain_key_id != keys.domain_key_id:
-        raise DomainMismatch(
-            f"the envelope was sealed under domain key {header.domain_key_id.hex()}, the member has "
-            f"{keys.domain_key_id.hex()}"
-        )
+    raise DomainMismatch(
+        f"the envelope was sealed under domain key {header.domain_key_id.hex()}, the member has "
+        f"{keys.domain_key_id.hex()}"
+    )
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -145,8 +146,11 @@ def reseal(
     timeout: float,
     sid: SessionId = 0,
 ) -> bytes:
-    """The envelope for the next revision, or for a copy: a new outer layer around the same content."""
-    content = _open_outer(connection, keys, envelope, old, sid=sid, timeout=timeout)
+    """The envelope for the next revision, or for a copy: a new outer layer around the same content. Where it is under
+    keys that were replaced, the inner layer is renewed too, inside the member."""
+    found, content = _open_outer(connection, keys, envelope, old, sid=sid, timeout=timeout)
+    if found is not keys:
+        content = rewrap(connection, found, keys, content, old, timeout=timeout)
     header = _header(keys, uid=uid, revision=revision, object_class=old.object_class, key_type=old.key_type)
     return _close(connection, keys, header, content, attributes, sid=sid, timeout=timeout)
 
@@ -164,8 +168,8 @@ def open_envelope(
 
     :raises IntegrityAlarm: the outer layer does not open. :raises DomainMismatch: the inner one does not.
     """
-    content = _open_outer(connection, keys, record.envelope or b"", record, sid=sid, timeout=timeout)
-    return unwrap_key(connection, keys, sid, content, template, timeout=timeout)
+    found, content = _open_outer(connection, keys, record.envelope or b"", record, sid=sid, timeout=timeout)
+    return unwrap_key(connection, found, sid, content, template, timeout=timeout)
 
 
 # -- data ---------------------------------------------------------------------------------------------------------
@@ -190,8 +194,8 @@ def seal_private_data(
 
 def open_private_data(connection: Connection, keys: DomainKeys, record: ObjectRecord, *, timeout: float) -> bytes:
     """The VALUE of a private data object."""
-    content = _open_outer(connection, keys, record.envelope or b"", record, sid=0, timeout=timeout)
-    value = unwrap_value(connection, keys, content, timeout=timeout)
+    found, content = _open_outer(connection, keys, record.envelope or b"", record, sid=0, timeout=timeout)
+    value = unwrap_value(connection, found, content, timeout=timeout)
     if value is None:
         raise IntegrityAlarm(f"the value of data object {record.uid.hex()} does not open")
     return value

@@ -54,6 +54,19 @@ class DomainKeys(msgspec.Struct, frozen=True, kw_only=True):
     partition_key_id: bytes
     wrap_mechanism: int = CKM.AES_KEY_WRAP_PAD
     """This module's number for RFC 5649."""
+    older: DomainKeys | None = None
+    """The keys that these replace, while there may be something under them."""
+
+    def named(self, domain_key_id: bytes | None, partition_key_id: bytes) -> DomainKeys | None:
+        """The pair of these names (None: whichever domain key), the replaced one too; None: neither is."""
+        for keys in (self, self.older):
+            if (
+                keys is not None
+                and keys.partition_key_id == partition_key_id
+                and domain_key_id in (None, keys.domain_key_id)
+            ):
+                return keys
+        return None
 
     @property
     def wrap(self) -> Mechanism:
@@ -205,12 +218,13 @@ def open_data(connection: Connection, keys: DomainKeys, purpose: bytes, data: by
         sealed = msgspec.msgpack.decode(data, type=_SealedData)
     except (msgspec.DecodeError, msgspec.ValidationError):
         raise IntegrityAlarm("this was not sealed by hagroup, or it is damaged") from None
-    if sealed.partition_key_id != keys.partition_key_id:
+    found = keys.named(None, sealed.partition_key_id)
+    if found is None:
         raise IntegrityAlarm(f"this was sealed under another partition key ({sealed.partition_key_id.hex()})")
     parts = []
     for index, (nonce, chunk) in enumerate(sealed.chunks):
-        place = _place(keys, purpose, index, len(sealed.chunks))
-        part = decrypt(connection, keys.partition, nonce, chunk, place, sid=0, timeout=timeout)
+        place = _place(found, purpose, index, len(sealed.chunks))
+        part = decrypt(connection, found.partition, nonce, chunk, place, sid=0, timeout=timeout)
         if part is None:
             raise IntegrityAlarm("what was sealed under the partition key does not open: it was tampered with")
         parts.append(part)

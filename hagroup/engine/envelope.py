@@ -175,6 +175,15 @@ def decode(data: bytes) -> Envelope:
     return Envelope(header=header, nonce=nonce, sealed=sealed)
 
 
+def generation(data: bytes) -> tuple[bytes, bytes]:
+    """Names of the domain and partition key that an envelope is under.
+
+    :raises EnvelopeError: as :func:`decode`.
+    """
+    header = decode(data).header
+    return header.domain_key_id, header.partition_key_id
+
+
 def decode_content(data: bytes) -> Content:
     """:raises EnvelopeError: what was sealed is no content of ours."""
     fields = _load(_Content, data, "the content of an envelope").native

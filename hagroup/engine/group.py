@@ -10,17 +10,21 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 
+import msgspec
+
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig
-from hagroup.core.calls import Ckr
+from hagroup.core.calls import Ckr, Handle
 from hagroup.core.ckr import CKR
 from hagroup.core.clock import Clock
-from hagroup.core.records import Membership
+from hagroup.core.records import GroupRecord, Membership, ObjectRecord
 from hagroup.engine.access import Access
 from hagroup.engine.api import MemberSlot, VirtualToken
 from hagroup.engine.calls import Caller
 from hagroup.engine.change import Changer
 from hagroup.engine.create import Maker
+from hagroup.engine.domain import reseal
+from hagroup.engine.envelope import generation
 from hagroup.engine.login import CKU_SO
 from hagroup.engine.member import Life
 from hagroup.engine.objects import Repairs, SessionObject, TokenObject
@@ -84,6 +88,7 @@ class GroupEngine:
         self._pid = os.getpid()
         self._closed = False
         self.roster.wake = self.supervisor.wake
+        self.roster.on_new_keys = self._seal_session_objects_anew
         _groups.add(self)
         if supervised:
             self.supervisor.start()
@@ -214,6 +219,39 @@ class GroupEngine:
         with self._lock:
             self._session_objects.pop(item.uid, None)
         self.roster.submit(item.end)
+
+    def sealed_under(self, group: GroupRecord, record: ObjectRecord) -> ObjectRecord:
+        """The record with its envelope under the domain's keys as the group record names them."""
+        envelope = record.envelope
+        if envelope is None or generation(envelope) == (group.domain_key_id, group.partition_key_id):
+            return record
+
+        def seal_again(life: Life, _: list[Handle]) -> bytes:
+            assert life.keys is not None
+            return reseal(
+                life.connection,
+                life.keys,
+                envelope,
+                old=record,
+                uid=record.uid,
+                revision=record.revision,
+                attributes=record.attributes,
+                timeout=self.config.timeouts.generate,
+            )
+
+        sealed = self.caller.run([], seal_again, logged_in=self.access.user, need_keys=True)
+        return msgspec.structs.replace(record, envelope=sealed)
+
+    def _seal_session_objects_anew(self) -> None:
+        """The domain's keys were changed: while members have both pairs, what is kept in memory goes over too."""
+        for item in self.session_objects():
+            before = item.record
+            try:
+                after = self.sealed_under(self.view.group, before)
+            except GroupUnavailable:
+                return  # no member has the new keys yet: this is called again when one has
+            if after is not before and after.envelope is not None:
+                item.sealed_anew(before, after.envelope)
 
     def session_closed(self, session: VirtualSession) -> None:
         with self._lock:

@@ -16,10 +16,12 @@ from collections.abc import Mapping
 from hagroup.core.attributes import CKA, CKK, CKM, CKO, pack_bool, pack_ulong, unpack_bool, unpack_ulong
 from hagroup.core.calls import Ckr, Handle, Mechanism, SessionId, Template
 from hagroup.core.ckr import CKR
+from hagroup.core.records import ObjectRecord
 from hagroup.engine.domain_keys import (
     CARRIER,
     NOT_OPENED,
     DomainKeys,
+    IntegrityAlarm,
     decrypt,
     encrypt,
     scratch_session,
@@ -122,14 +124,7 @@ def _comes_back_whole(
     template: Template = [(int(n), attributes[n]) for n in (CKA.CLASS, CKA.KEY_TYPE)]
     template += [(int(CKA.TOKEN), pack_bool(False)), (int(CKA.SENSITIVE), pack_bool(True))]
     again = connection.unwrap(keys.wrap, carrier, wrapped, template, sid=sid, timeout=timeout)
-    salt = os.urandom(16)
-    try:
-        one, other = (connection.digest(_SHA256, [salt, key], sid=sid, timeout=timeout) for key in (handle, again))
-    except Ckr as error:
-        if error.rv in (CKR.KEY_INDIGESTIBLE, CKR.FUNCTION_NOT_SUPPORTED, CKR.MECHANISM_INVALID):
-            return False
-        raise
-    return one == other
+    return _same(connection, handle, again, sid=sid, timeout=timeout) is True
 
 
 def _wrap_by_rsa(
@@ -173,6 +168,51 @@ def unwrap_key(
         carrier = _unwrap(connection, keys, content.wrapped, kind, sid=inner, timeout=timeout)
         mechanism = OAEP if rsa else keys.wrap
         return connection.unwrap(mechanism, carrier, content.carried, template, sid=sid, timeout=timeout)
+
+
+def rewrap(
+    connection: Connection,
+    before: DomainKeys,
+    after: DomainKeys,
+    content: Content,
+    record: ObjectRecord,
+    *,
+    timeout: float,
+) -> Content:
+    """The same key (or carrier) under another domain key; it was compared with the one before.
+
+    :raises IntegrityAlarm: what came out is another key, so nothing may take the old one's place.
+    """
+    if content.carrier is None:
+        kind: Template = [
+            (int(CKA.CLASS), pack_ulong(record.object_class)),
+            (int(CKA.KEY_TYPE), pack_ulong(record.key_type or 0)),
+            (int(CKA.TOKEN), pack_bool(False)),
+            (int(CKA.PRIVATE), pack_bool(True)),
+            (int(CKA.SENSITIVE), pack_bool(True)),
+            (int(CKA.EXTRACTABLE), pack_bool(True)),
+        ]
+    else:
+        kind = _RSA_CARRIER if content.carrier is Carrier.RSA else CARRIER
+    with scratch_session(connection, timeout=timeout) as sid:
+        key = _unwrap(connection, before, content.wrapped, kind, sid=sid, timeout=timeout)
+        wrapped = connection.wrap(after.wrap, after.domain, key, sid=sid, timeout=timeout)
+        again = _unwrap(connection, after, wrapped, kind, sid=sid, timeout=timeout)
+        if _same(connection, key, again, sid=sid, timeout=timeout) is False:
+            raise IntegrityAlarm(f"the key of object {record.uid.hex()} is another one under the new domain key")
+    return Content(wrapped=wrapped, carrier=content.carrier, carried=content.carried)
+
+
+def _same(connection: Connection, one: Handle, other: Handle, *, sid: SessionId, timeout: float) -> bool | None:
+    """None: the member cannot digest such a key."""
+    salt = os.urandom(16)
+    try:
+        first, second = (connection.digest(_SHA256, [salt, key], sid=sid, timeout=timeout) for key in (one, other))
+    except Ckr as error:
+        if error.rv in (CKR.KEY_INDIGESTIBLE, CKR.FUNCTION_NOT_SUPPORTED, CKR.MECHANISM_INVALID):
+            return None
+        raise
+    return first == second
 
 
 def wrap_value(connection: Connection, keys: DomainKeys, value: bytes, *, timeout: float) -> Content:

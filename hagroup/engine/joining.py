@@ -13,13 +13,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import msgspec
-
 from hagroup.core.attributes import CKA, CKK, CKM, CKO, pack_bool, pack_ulong
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle, Mechanism, MemberGone, SessionId, Template, WorkerFault
 from hagroup.core.ckr import CKR
+from hagroup.engine import transport as transports
 from hagroup.engine.challenge import NO_DIGEST, DomainMember, challenge
 from hagroup.engine.domain_keys import (
+    CARRIER,
     DOMAIN_LABEL,
     PARTITION_LABEL,
     DomainKeys,
@@ -28,13 +28,11 @@ from hagroup.engine.domain_keys import (
 )
 from hagroup.engine.enforcement import Enforcement, probe_enforcement
 from hagroup.engine.inner_layer import OAEP
-from hagroup.engine.proof import public_digest
 from hagroup.engine.token_contents import TRANSPORT_LABEL, find_all
+from hagroup.engine.transport import KEY_ID_LENGTH, PublicPart, Transport, check, find_or_make
 from hagroup.errors import DomainMismatch
 from hagroup.members.api import Connection
 
-KEY_ID_LENGTH = 16
-_TRANSPORT_BITS = 3072
 _SHA256: Mechanism = (int(CKM.SHA256), None)
 
 
@@ -69,67 +67,10 @@ def _final(label: bytes, key_id: bytes, *, sealed: bool, enforcement: Enforcemen
     return [*template, (int(CKA.COPYABLE), pack_bool(False)), (int(CKA.MODIFIABLE), pack_bool(False))]
 
 
-class _Transport(msgspec.Struct, frozen=True):
-    """A transport key pair in the newcomer, session objects of its session ``sid``."""
-
-    sid: SessionId
-    private: Handle
-    modulus: bytes
-    exponent: bytes
-
-    def public_template(self, *, token: bool, trusted: bool) -> Template:
-        return [
-            (int(CKA.CLASS), pack_ulong(CKO.PUBLIC_KEY)),
-            (int(CKA.KEY_TYPE), pack_ulong(CKK.RSA)),
-            (int(CKA.TOKEN), pack_bool(token)),
-            (int(CKA.PRIVATE), pack_bool(False)),
-            (int(CKA.LABEL), TRANSPORT_LABEL),
-            (int(CKA.ID), self.fingerprint[:KEY_ID_LENGTH]),
-            (int(CKA.MODULUS), self.modulus),
-            (int(CKA.PUBLIC_EXPONENT), self.exponent),
-            (int(CKA.WRAP), pack_bool(True)),
-            *([(int(CKA.TRUSTED), pack_bool(True))] if trusted else []),
-        ]
-
-    @property
-    def fingerprint(self) -> bytes:
-        return public_digest({CKA.MODULUS: self.modulus, CKA.PUBLIC_EXPONENT: self.exponent}, CKO.PUBLIC_KEY)
-
-
-def _make_transport(connection: Connection, sid: SessionId, *, timeout: float) -> _Transport:
-    public, private = connection.generate_pair(
-        (int(CKM.RSA_PKCS_KEY_PAIR_GEN), None),
-        [
-            (int(CKA.TOKEN), pack_bool(False)),
-            (int(CKA.MODULUS_BITS), pack_ulong(_TRANSPORT_BITS)),
-            (int(CKA.PUBLIC_EXPONENT), b"\x01\x00\x01"),
-            (int(CKA.WRAP), pack_bool(True)),
-        ],
-        [
-            (int(CKA.TOKEN), pack_bool(False)),
-            (int(CKA.PRIVATE), pack_bool(True)),
-            (int(CKA.SENSITIVE), pack_bool(True)),
-            (int(CKA.EXTRACTABLE), pack_bool(False)),
-            (int(CKA.UNWRAP), pack_bool(True)),
-        ],
-        sid=sid,
-        timeout=timeout,
-    )
-    values, _ = connection.get(public, [int(CKA.MODULUS), int(CKA.PUBLIC_EXPONENT)], sid=sid, timeout=timeout)
-    return _Transport(sid, private, values[CKA.MODULUS], values[CKA.PUBLIC_EXPONENT])
-
-
-def _check_transport(
-    connection: Connection, public: Handle, transport: _Transport, *, sid: SessionId = 0, timeout: float
-) -> None:
-    values, _ = connection.get(public, [int(CKA.MODULUS), int(CKA.PUBLIC_EXPONENT)], sid=sid, timeout=timeout)
-    if public_digest(values, CKO.PUBLIC_KEY) != transport.fingerprint:
-        raise DomainMismatch("the transport key on the existing member is not the one that the new member made")
-
-
-def _receive(
+def receive(
     newcomer: DomainMember,
-    transport: _Transport,
+    transport: Transport,
+    enforcement: Enforcement,
     wrapped: Sequence[bytes],
     ids: tuple[bytes, bytes],
     *,
@@ -138,7 +79,6 @@ def _receive(
 ) -> DomainKeys:
     """The newcomer unwraps both keys as token objects. Leftovers of an earlier attempt go first."""
     connection = newcomer.connection
-    enforcement = probe_enforcement(connection, newcomer.wrap_mechanism, timeout=timeout)
     made: list[Handle] = []
     labels = (DOMAIN_LABEL, PARTITION_LABEL)
     try:
@@ -195,35 +135,80 @@ def _compare(a: Connection, first: Sequence[Handle], b: Connection, second: Doma
 # -- making a domain ---------------------------------------------------------------------------------------------------
 
 
-def generate_domain(members: Sequence[DomainMember], *, sealed: bool, timeout: float) -> list[DomainKeys]:
+def new_ids() -> tuple[bytes, bytes]:
+    """Names of a new domain and a new partition key: CKA_ID on every member."""
+    return os.urandom(KEY_ID_LENGTH), os.urandom(KEY_ID_LENGTH)
+
+
+def draft(
+    connection: Connection, secrets: tuple[bytes, bytes] | None, *, sid: SessionId, timeout: float
+) -> list[Handle]:
+    """Both keys as session objects that can be wrapped: generated, or put together from what people hold shares of."""
+    if secrets is None:
+        return [throw_away_key(connection, sid=sid, timeout=timeout) for _ in range(2)]
+    return [connection.create([*CARRIER, (int(CKA.VALUE), one)], sid=sid, timeout=timeout) for one in secrets]
+
+
+def wrap_to(
+    connection: Connection, drafts: Sequence[Handle], public: PublicPart, *, sid: SessionId, timeout: float
+) -> tuple[bytes, bytes]:
+    """Both keys, for the owner of a transport key."""
+    handle = connection.create(public.template(token=False, trusted=False), sid=sid, timeout=timeout)
+    check(connection, handle, public, sid=sid, timeout=timeout)
+    first, second = (connection.wrap(OAEP, handle, one, sid=sid, timeout=timeout) for one in drafts)
+    return first, second
+
+
+def hand_out(
+    source: Connection,
+    sid: SessionId,
+    drafts: Sequence[Handle],
+    ids: tuple[bytes, bytes],
+    members: Sequence[DomainMember],
+    *,
+    sealed: bool,
+    timeout: float,
+) -> list[DomainKeys]:
+    """Bring drafts in ``sid`` of ``source`` to these members, in the same order; nothing stays if it fails."""
+    done: list[tuple[DomainMember, DomainKeys]] = []
+    paired: list[Connection] = []
+    try:
+        for member in members:
+            connection = member.connection
+            if transports.find(connection, timeout=timeout) is None:
+                paired.append(connection)
+            enforcement = probe_enforcement(connection, member.wrap_mechanism, timeout=timeout)
+            with scratch_session(connection, timeout=timeout) as inner:
+                transport = find_or_make(connection, enforcement, sid=inner, sealed=sealed, timeout=timeout)
+                wrapped = wrap_to(source, drafts, transport.public, sid=sid, timeout=timeout)
+                keys = receive(member, transport, enforcement, wrapped, ids, sealed=sealed, timeout=timeout)
+                done.append((member, keys))
+                _compare(source, drafts, connection, keys, timeout=timeout)
+        for member, keys in done[1:]:
+            challenge(done[0][0], done[0][1], member, keys, timeout=timeout)
+    except BaseException:
+        for member, keys in done:
+            drop(member.connection, [keys.domain, keys.partition], timeout=timeout)
+        for connection in paired:
+            drop(connection, transports.own(connection, timeout=timeout), timeout=timeout)
+        raise
+    return [keys for _, keys in done]
+
+
+def generate_domain(
+    members: Sequence[DomainMember], *, sealed: bool, timeout: float, secrets: tuple[bytes, bytes] | None = None
+) -> list[DomainKeys]:
     """Make a new domain on these members at once, in the same order; nothing stays where it fails on one.
 
     The keys are generated as session objects in the first member and go, from there, to every member alike: so a sealed
     domain can begin on several members without its keys ever being outside of one.
+
+    :param secrets: both keys, where people are to hold shares of them: said plainly, these are in the host then.
     """
     source = members[0].connection
-    ids = (os.urandom(KEY_ID_LENGTH), os.urandom(KEY_ID_LENGTH))
-    done: list[tuple[DomainMember, DomainKeys]] = []
     with scratch_session(source, timeout=timeout) as sid:
-        drafts = [throw_away_key(source, sid=sid, timeout=timeout) for _ in ids]
-        try:
-            for member in members:
-                with scratch_session(member.connection, timeout=timeout) as inner:
-                    transport = _make_transport(member.connection, inner, timeout=timeout)
-                    template = transport.public_template(token=False, trusted=False)
-                    public = source.create(template, sid=sid, timeout=timeout)
-                    _check_transport(source, public, transport, sid=sid, timeout=timeout)
-                    wrapped = [source.wrap(OAEP, public, draft, sid=sid, timeout=timeout) for draft in drafts]
-                    keys = _receive(member, transport, wrapped, ids, sealed=sealed, timeout=timeout)
-                    done.append((member, keys))
-                    _compare(source, drafts, member.connection, keys, timeout=timeout)
-            for member, keys in done[1:]:
-                challenge(done[0][0], done[0][1], member, keys, timeout=timeout)
-        except BaseException:
-            for member, keys in done:
-                drop(member.connection, [keys.domain, keys.partition], timeout=timeout)
-            raise
-    return [keys for _, keys in done]
+        drafts = draft(source, secrets, sid=sid, timeout=timeout)
+        return hand_out(source, sid, drafts, new_ids(), members, sealed=sealed, timeout=timeout)
 
 
 def import_domain(
@@ -264,57 +249,73 @@ def join_domain(
     :param source_officer: a second connection to the existing member (another process: user and security officer cannot
         be logged in in one), where the security officer is logged in.
     """
-    connection = source.connection
-    with scratch_session(newcomer.connection, timeout=timeout) as sid:
-        transport = _make_transport(newcomer.connection, sid, timeout=timeout)
-        # A session object of the officer's process would not show in the user's: so it is on the token for a moment.
-        template = transport.public_template(token=True, trusted=True)
-        leftovers = find_all(source_officer, [(int(CKA.LABEL), TRANSPORT_LABEL)], timeout=timeout)
-        drop(source_officer, leftovers, timeout=timeout)
-        officers = source_officer.create(template, timeout=timeout)
-        try:
-            public = _trusted(connection, transport, timeout=timeout)
-            wrapped = [
-                connection.wrap(OAEP, public, key, timeout=timeout)
-                for key in (source_keys.domain, source_keys.partition)
-            ]
-        except Ckr as error:
-            if error.rv in (CKR.KEY_UNEXTRACTABLE, CKR.KEY_NOT_WRAPPABLE):
-                raise DomainMismatch(
-                    f'the keys of the domain are sealed in member "{source.name}" and cannot be handed on; '
-                    f'member "{newcomer.name}" gets them from the shares (`ha-admin domain join --shares`)'
-                ) from error
-            raise
-        finally:
-            source_officer.destroy(officers, timeout=timeout)
-        ids = (source_keys.domain_key_id, source_keys.partition_key_id)
-        keys = _receive(newcomer, transport, wrapped, ids, sealed=False, timeout=timeout)
+    connection, receiver = source.connection, newcomer.connection
+    before = transports.own(receiver, timeout=timeout)
+    enforcement = probe_enforcement(receiver, newcomer.wrap_mechanism, timeout=timeout)
+    made: list[Handle] = []
     try:
-        _compare(
-            connection,
-            [source_keys.domain, source_keys.partition],
-            newcomer.connection,
-            keys,
-            timeout=timeout,
-        )
+        with scratch_session(receiver, timeout=timeout) as sid:
+            transport = find_or_make(receiver, enforcement, sid=sid, sealed=False, timeout=timeout)
+            wrapped = wrap_by_trusted(
+                source, source_keys, source_officer, f'member "{newcomer.name}"', transport.public, timeout=timeout
+            )
+            ids = (source_keys.domain_key_id, source_keys.partition_key_id)
+            keys = receive(newcomer, transport, enforcement, wrapped, ids, sealed=False, timeout=timeout)
+            made += [keys.domain, keys.partition]
+        _compare(connection, [source_keys.domain, source_keys.partition], receiver, keys, timeout=timeout)
         challenge(source, source_keys, newcomer, keys, timeout=timeout)
     except BaseException:
-        drop(newcomer.connection, [keys.domain, keys.partition], timeout=timeout)
+        pairs = [handle for handle in transports.own(receiver, timeout=timeout) if handle not in before]
+        drop(receiver, [*made, *pairs], timeout=timeout)
         raise
     return keys
 
 
-def _trusted(connection: Connection, transport: _Transport, *, timeout: float) -> Handle:
+def wrap_by_trusted(
+    source: DomainMember,
+    source_keys: DomainKeys,
+    source_officer: Connection,
+    receiver: str,
+    public: PublicPart,
+    *,
+    timeout: float,
+) -> list[bytes]:
+    """Both keys of an existing member, for the owner of a transport key that its security officer trusts.
+
+    :raises DomainMismatch: they cannot leave it.
+    """
+    connection = source.connection
+    # A session object of the officer's process would not show in the user's: so it is on the token for a moment.
+    leftovers = find_all(source_officer, [(int(CKA.LABEL), TRANSPORT_LABEL)], timeout=timeout)
+    drop(source_officer, leftovers, timeout=timeout)
+    officers = source_officer.create(public.template(token=True, trusted=True), timeout=timeout)
+    try:
+        trusted = _trusted(connection, public, timeout=timeout)
+        return [
+            connection.wrap(OAEP, trusted, key, timeout=timeout) for key in (source_keys.domain, source_keys.partition)
+        ]
+    except Ckr as error:
+        if error.rv in (CKR.KEY_UNEXTRACTABLE, CKR.KEY_NOT_WRAPPABLE):
+            raise DomainMismatch(
+                f'the keys of the domain are sealed in member "{source.name}" and cannot be handed on; '
+                f"{receiver} gets them from the shares (`ha-admin domain join --shares`)"
+            ) from error
+        raise
+    finally:
+        source_officer.destroy(officers, timeout=timeout)
+
+
+def _trusted(connection: Connection, public: PublicPart, *, timeout: float) -> Handle:
     """The officer's public key as the user sees it."""
     template: Template = [
         (int(CKA.CLASS), pack_ulong(CKO.PUBLIC_KEY)),
         (int(CKA.LABEL), TRANSPORT_LABEL),
-        (int(CKA.ID), transport.fingerprint[:KEY_ID_LENGTH]),
+        (int(CKA.ID), public.fingerprint[:KEY_ID_LENGTH]),
     ]
     found = find_all(connection, template, timeout=timeout)
     if len(found) != 1:
         raise DomainMismatch(
             f"the user of the existing member sees {len(found)} transport keys where the security officer made one"
         )
-    _check_transport(connection, found[0], transport, timeout=timeout)
+    check(connection, found[0], public, timeout=timeout)
     return found[0]

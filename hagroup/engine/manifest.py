@@ -132,6 +132,22 @@ def write(connection: Connection, keys: DomainKeys, manifest: Manifest, *, timeo
                 raise
 
 
+def reseal(connection: Connection, keys: DomainKeys, *, timeout: float) -> None:
+    """The domain's keys were replaced: the newest one is written once more, and those before it go."""
+    stored = _stored(connection, timeout=timeout)
+    newest = read(connection, keys, timeout=timeout)
+    if newest is None:
+        return
+    sealed = seal_data(connection, keys, PURPOSE, msgspec.msgpack.encode(newest), timeout=timeout)
+    connection.create(_template(newest, sealed), timeout=timeout)
+    for _, handle in stored:
+        try:
+            connection.destroy(handle, timeout=timeout)
+        except Ckr as error:
+            if error.rv != CKR.OBJECT_HANDLE_INVALID:
+                raise
+
+
 def compose(group: GroupRecord, members: dict[str, MemberRecord], *, low: int, high: int) -> Manifest:
     return Manifest(
         group=group.serial,
@@ -173,6 +189,7 @@ def check(journal: Journal, view: View, member: Member, life: Life, *, timeout: 
         if record.membership is Membership.ADMITTED:
             _resync(journal, member, "its token shows no manifest: it was emptied or replaced")
         return
+    life.manifest_epoch = found.epoch
     life.manifest_high = found.high if found.epoch == view.group.epoch else 0
     life.manifest_low = found.low if found.epoch == view.group.epoch else 0
     if found.group != view.group.serial:

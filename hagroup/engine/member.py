@@ -26,7 +26,9 @@ class Life:
         "connection",
         "handles",
         "keys",
+        "keys_renewed",
         "logged_in",
+        "manifest_epoch",
         "manifest_high",
         "manifest_low",
         "mechanisms",
@@ -55,8 +57,12 @@ class Life:
         self.logged_in = False
         self.keys: DomainKeys | None = None
         """The domain's two keys; None until logged in."""
+        self.keys_renewed = b""
+        """Name of the domain key beside which this life saw no replaced ones on the token."""
         self.handles: dict[bytes, int] = {}
         """UID to handle of token objects found in this life."""
+        self.manifest_epoch = ""
+        """Epoch that the token's manifest shows; empty: it shows none."""
         self.manifest_high = 0
         """Newest change number that the manifest on the token is known to show."""
         self.manifest_low = 0
@@ -101,6 +107,8 @@ class Member:
         """A background task (connect, probe, resync) is running for it."""
         self.unreported_login: tuple[LoginState | None] | None = None
         """Outcome of this process's last C_Login where the journal could not be told."""
+        self.learning = False
+        """It is just looking for the domain's new keys."""
         self.manifest_lock = threading.Lock()
         self.journal_behind: str | None = None
         """Why no change may be made: this member's manifest shows more than the journal knows (DESIGN.md 4.6)."""
@@ -109,7 +117,7 @@ class Member:
         """In the child: not connected; what stands in the way of serving for good stays."""
         self.life = None
         self.outstanding = 0
-        self.busy = False
+        self.busy = self.learning = False
         self.failures = 0
         self.next_attempt = 0.0
         self.rests = 0

@@ -21,7 +21,7 @@ from hagroup.config.pins import Pin
 from hagroup.core.attributes import CKA, CKO, pack_bool, pack_ulong
 from hagroup.core.calls import Ckr, DeadlinePassed, Template
 from hagroup.core.records import MemberRecord, Membership, ObjectState, Role
-from hagroup.engine import manifest
+from hagroup.engine import manifest, transport
 from hagroup.engine.challenge import DomainMember, challenge
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
 from hagroup.engine.group import GroupEngine
@@ -130,6 +130,8 @@ def preflight(group: GroupEngine, config: MemberConfig, life: Life) -> Newcomer:
     """
     timeout = group.config.timeouts.generate
     member, source, source_keys = sponsor(group)
+    if group.view.group.rotation is not None and not group.view.group.rotation.finished:
+        raise ConfigurationError(f"the domain's keys are being changed: complete `ha-admin domain rotate`{NOT_CHANGED}")
     _another_token(group, config, life)
     missing = [number for number in (*NEEDED, config.wrap_mechanism) if number not in life.mechanisms]
     if missing:
@@ -296,13 +298,17 @@ def join(group: GroupEngine, newcomer: Newcomer, so_pin: Pin | None) -> None:
             drop(newcomer.life.connection, [given.domain, given.partition], timeout=timeout)
         raise
     if config.name not in {record.name for record in group.journal.members()}:
+        serial, keys = newcomer.life.token.serial, given or newcomer.keys
+        assert keys is not None
+        pair = transport.own_public(newcomer.life.connection, keys, serial, timeout=timeout)
         group.journal.add_member(
             MemberRecord(
                 name=config.name,
-                serial=newcomer.life.token.serial,
+                serial=serial,
                 role=config.role,
                 membership=Membership.JOINING,
                 default_extractable=newcomer.default_extractable,
+                transport=pair,
             )
         )
         group.journal.event("member added", f"as {config.role.value}, joining", member=config.name)

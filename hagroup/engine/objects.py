@@ -12,6 +12,7 @@ from hagroup.core.calls import Ckr, DeadlinePassed, Handle
 from hagroup.core.ckr import CKR
 from hagroup.core.records import ObjectRecord
 from hagroup.engine import replica
+from hagroup.engine.holding import opens
 from hagroup.engine.member import Life, Member, Missing
 from hagroup.engine.view import ObjectView
 
@@ -123,7 +124,8 @@ class SessionObject:
             return False
         if self._home is not None:
             return member.name == self._home and self._placed_in(member, life)
-        return self._placed_in(member, life) or self.record.envelope is None or life.keys is not None
+        envelope = self.record.envelope
+        return self._placed_in(member, life) or envelope is None or opens(life.keys, envelope)
 
     def handle(self, member: Member, life: Life) -> Handle:
         place = self._places.get(member.name)
@@ -155,6 +157,12 @@ class SessionObject:
             self.record = record
             if self._home is None:
                 self._places = {name: place for name, place in self._places.items() if name in members}
+
+    def sealed_anew(self, before: ObjectRecord, envelope: bytes) -> None:
+        """The domain's keys were changed."""
+        with self._lock:
+            if self.record is before:
+                self.record = msgspec.structs.replace(before, envelope=envelope)
 
     def forget(self, member: Member, life: Life) -> None:
         with self._lock:

@@ -11,7 +11,7 @@ import msgspec
 
 from hagroup.config.logging import get_logger
 from hagroup.core.calls import Ckr
-from hagroup.core.records import Intent, ObjectRecord
+from hagroup.core.records import GroupRecord, Intent, ObjectRecord
 from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Outcome, Result
 from hagroup.errors import GroupReadOnly, GroupUnavailable, HAError, JournalMismatch, JournalUnavailable
@@ -38,7 +38,8 @@ class Replication:
         """Members that can be asked now, nearest first."""
         found = [(m, m.life) for m in self._roster.members.values() if m.serving and m.life is not None]
         return sorted(
-            [(member, life) for member, life in found if life.keys is not None], key=lambda item: item[0].rank
+            [(member, life) for member, life in found if self._roster.usable_keys(member)],
+            key=lambda item: item[0].rank,
         )
 
     def refuse_if_degraded(self) -> None:
@@ -71,16 +72,21 @@ class Replication:
         uids: Sequence[bytes],
         start: Callable[[Sequence[Asking], int], T],
         usable: Callable[[Member], bool] = lambda member: True,
+        prepare: Callable[[GroupRecord], None] = lambda group: None,
     ) -> tuple[T, list[tuple[Member, Life]]]:
         """Write a change down with the members that are usable now; a moved membership is looked at again.
 
         The rows of all these members count as in flight: ``self.ended`` for each when it was asked, or is not asked.
+
+        :param prepare: called before each try with the group as of the membership revision that the try compares.
         """
         in_flight = self._group.replicator.in_flight
         self._group.follow()
         while True:
             self.refuse_if_degraded()
             self.refuse_if_behind()
+            now = self._group.view.group
+            prepare(now)
             targets = [(member, life) for member, life in self.targets() if usable(member)]
             if not targets:
                 raise GroupUnavailable("no member that could take the change is usable now: nothing was changed")
@@ -88,7 +94,7 @@ class Replication:
             rows = [(member.name, uid) for member, _ in targets for uid in uids]
             in_flight.begin(rows)
             try:
-                return start(asking, self._group.view.group.membership_revision), targets
+                return start(asking, now.membership_revision), targets
             except StaleMembership:
                 in_flight.end(rows)
                 self._group.view.refresh(always=True)
@@ -127,12 +133,19 @@ class Replication:
         if mirror is not None:
             mirror.put(records)
         uids = [record.uid for record in records]
+        mirrored = list(records)
+
+        def seal_anew(group: GroupRecord) -> None:
+            nonlocal records
+            records = [self._group.sealed_under(group, record) for record in records]
+
         try:
             intent, targets = self.begin(
                 uids,
                 lambda asking, revision: self._journal.begin_create(
                     records, asking=asking, membership_revision=revision
                 ),
+                prepare=seal_anew,
             )
         except BaseException:
             if mirror is not None:  # nothing was begun: a rebuilt journal must not bring them to life
@@ -143,7 +156,7 @@ class Replication:
         try:
             # Two processes may have imported one certificate at once: the journal told them apart.
             apart = [self._told_apart(record) for record in records]
-            if mirror is not None and apart != list(records):
+            if mirror is not None and apart != mirrored:
                 mirror.put(apart)
             records = apart
             futures = {self._roster.run(self._install, member, life, records): member for member, life in targets}

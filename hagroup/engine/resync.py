@@ -23,7 +23,7 @@ from hagroup.core.records import (
     Tombstone,
 )
 from hagroup.core.states import Event, State
-from hagroup.engine import ghosts, manifest, recent, replica
+from hagroup.engine import cleared, ghosts, manifest, recent, renewal, replica
 from hagroup.engine.member import Life, Member
 from hagroup.engine.recovery import Recovery
 from hagroup.engine.replicate import Outcome, Replicator, Result
@@ -93,7 +93,7 @@ class Resync:
 
     def has_work(self, member: Member) -> bool:
         life = member.life
-        unproved = life is not None and not life.proved_since_low
+        unproved = life is not None and (not life.proved_since_low or renewal.due(self._view, life))
         if unproved or member.name in self._haunted:
             return True
         number, until = self._nothing_due.get(member.name, (-1, 0.0))
@@ -113,7 +113,7 @@ class Resync:
         True: nothing that could be done now is left. False: another process does it, or the member failed.
         """
         life = member.life
-        if life is None or life.keys is None or self._roster.journal_behind() is not None:
+        if life is None or not self._roster.usable_keys(member) or self._roster.journal_behind() is not None:
             return False
         lease = self._journal.acquire_lease(f"resync/{member.name}", ttl=LEASE)
         if lease is None:
@@ -132,9 +132,12 @@ class Resync:
             self._journal.release_lease(lease)
 
     def _under_lease(self, member: Member, life: Life, lease: Lease) -> bool:
+        if renewal.due(self._view, life):
+            renewal.renew(self._journal, self._view, member, life, timeout=self._timeout)
         record = self._view.members[member.name]
         if record.membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
             self._haunted.add(member.name)
+            cleared.sweep(self._journal, self._view, member, life, timeout=self._timeout)
             self.inventory(member, life)
         elif not life.proved_since_low:
             self._prove_since_low(member, life)
@@ -160,7 +163,7 @@ class Resync:
             self._view.group, self._view.members, low=record.low, high=max(life.manifest_high, record.announced)
         )
         manifest.write(life.connection, life.keys, shown, timeout=self._timeout)
-        life.manifest_high = shown.high
+        life.manifest_high, life.manifest_epoch = shown.high, shown.epoch
         keeps_out = self._journal.admit(member.name, barrier=barrier, low=barrier, lease=lease)
         if keeps_out:
             log.info("member.not-admitted", member=member.name, owed=len(keeps_out))

@@ -20,9 +20,8 @@ from hagroup.core.clock import Clock
 from hagroup.core.records import MemberRecord, Membership, Observation, Role
 from hagroup.core.selection import choose
 from hagroup.core.states import Event, State
-from hagroup.engine import manifest
-from hagroup.engine.challenge import open_reference
-from hagroup.engine.domain import find_domain
+from hagroup.engine import holding, manifest
+from hagroup.engine.domain_keys import DomainKeys
 from hagroup.engine.login import APPLICATION, PIN_ERRORS, LoginHeld, PinStore, log_in
 from hagroup.engine.member import Life, Member, Usable
 from hagroup.engine.view import View
@@ -113,6 +112,9 @@ class Roster:
         self.changed = threading.Condition()
         """Notified at every change of a member's state."""
         self.on_lost: Callable[[Member], None] = lambda member: None
+        self.on_new_keys: Callable[[], None] = lambda: None
+        """The domain's keys were changed, and are known on one more member."""
+        self._rotation = view.group.rotation
         self.wake: Callable[[], None] = lambda: None
         self.pause_before: Callable[[int], float] = lambda failures: _BACKOFF[min(failures, len(_BACKOFF) - 1)]
         """Seconds before a connection attempt after so many failed ones; the watchdog has its own."""
@@ -160,6 +162,7 @@ class Roster:
             self._level = len({(one.standby, one.rank) for one in members.values()}) < 2
             for member in gone:
                 self._end(member)
+            self._heed_rotation()
             self.changed.notify_all()
 
     def _configured(self) -> dict[str, MemberConfig]:
@@ -259,6 +262,7 @@ class Roster:
         soon = self.clock.boot() + _SOON
         return any(
             (member.busy and not member.serving)
+            or member.learning
             or member.state is State.SUSPECT
             or (member.state in (State.JOINING, State.FAILED) and member.next_attempt <= soon)
             for member in ([only] if only is not None else self.members.values())
@@ -531,16 +535,8 @@ class Roster:
 
     def find_keys(self, member: Member, life: Life) -> None:
         """After a login: the domain's keys, proved by the member (G9), and what its manifest says (DESIGN.md 4.6)."""
-        group = self.view.group
         try:
-            life.keys = find_domain(
-                life.connection,
-                group.domain_key_id,
-                group.partition_key_id,
-                member.config.wrap_mechanism,
-                timeout=self.config.timeouts.call,
-            )
-            open_reference(life.connection, life.keys, group.reference, timeout=self.config.timeouts.call)
+            life.keys = self._learn(member, life)
             manifest.check(self.journal, self.view, member, life, timeout=self.config.timeouts.call)
         except BaseException as error:
             life.keys = None
@@ -549,6 +545,46 @@ class Roster:
         # The check may just have taken its admission away.
         self.view.refresh()
         self.follow_journal()
+
+    def _learn(self, member: Member, life: Life) -> DomainKeys:
+        group, record = self.view.group, self.view.members[member.name]
+        timeout = self.config.timeouts.generate
+        wrap = member.config.wrap_mechanism
+        return holding.learn(self.journal, group, record, wrap, life.connection, timeout=timeout)
+
+    def usable_keys(self, member: Member) -> bool:
+        """Whether this process has the keys on this member under which everything new is sealed."""
+        life = member.life
+        return life is not None and holding.current(life.keys, self.view.group)
+
+    def _heed_rotation(self) -> None:
+        """The domain's keys were changed: look for the new ones on every connected member, without stopping it."""
+        rotation = self.view.group.rotation
+        if rotation != self._rotation:
+            self._rotation = rotation
+            self.submit(self.on_new_keys)
+        for member in self.members.values():
+            life = member.life
+            if life is None or life.keys is None or member.learning or holding.current(life.keys, self.view.group):
+                continue
+            member.learning = True
+            self.submit(self._learn_anew, member, life)
+
+    def _learn_anew(self, member: Member, life: Life) -> None:
+        try:
+            keys = self._learn(member, life)
+            with self.changed:
+                if member.life is life:
+                    life.keys = keys
+        except DomainMismatch as error:
+            self.quarantine(member, str(error))
+        except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
+            self.lost(member, life, str(error))
+        finally:
+            with self.changed:
+                member.learning = False
+                self.changed.notify_all()
+        self.on_new_keys()
 
     # -- background ----------------------------------------------------------------------------------------
     def renew_after_fork(self) -> None:

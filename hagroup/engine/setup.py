@@ -6,7 +6,7 @@ Everything that can be refused is refused before anything is changed; what fails
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from hagroup.config.logging import get_logger
@@ -17,13 +17,14 @@ from hagroup.core.attributes import CKA, CKM, CKO, pack_bool, pack_ulong, unpack
 from hagroup.core.calls import Ckr, DeadlinePassed, Template
 from hagroup.core.clock import Clock
 from hagroup.core.records import MemberRecord, Membership
-from hagroup.engine import manifest
+from hagroup.engine import manifest, transport
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
 from hagroup.engine.joining import drop, generate_domain, join_domain
 from hagroup.engine.login import CKU_SO, CKU_USER, PIN_ERRORS
 from hagroup.engine.member import Life
 from hagroup.engine.roster import CONNECTION_LOST, open_life
+from hagroup.engine.shares import random_secrets
 from hagroup.engine.token_contents import inventory
 from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable, HAError
 from hagroup.journal import SqliteJournal, open_journal
@@ -60,6 +61,38 @@ def create_group(config: GroupConfig, pins: Mapping[str, Pin], so_pin: Pin, *, s
         except BaseException:
             _take_back(lives, made, timeout=timeout)
             raise
+    finally:
+        for life in lives.values():
+            life.connection.close()
+
+
+def create_domain(
+    config: GroupConfig,
+    pins: Mapping[str, Pin],
+    *,
+    sealed: bool,
+    hand_out: Callable[[tuple[bytes, bytes]], None] | None,
+) -> None:
+    """Make the domain's keys on every member of a group that is still to be created.
+
+    :param hand_out: gives shares of both secrets to people before anything is made; None: there are no shares, and the
+        keys are never outside of a member.
+    :raises ConfigurationError: a member cannot take part, or holds keys already; nothing was changed.
+    """
+    timeout = config.timeouts.generate
+    lives: dict[str, Life] = {}
+    try:
+        _open_all(config, pins, lives, timeout=timeout)
+        _check(config, lives, timeout=timeout)
+        held = _held(config, lives, timeout=timeout)
+        if held:
+            names = ", ".join(held)
+            raise ConfigurationError(f"keys of a domain are there already, on {names}; nothing was changed")
+        secret = None
+        if hand_out is not None:
+            secret = random_secrets(lives[config.members[0].name].connection, timeout=timeout)
+            hand_out(secret)
+        generate_domain(_sides(config, lives), sealed=sealed, timeout=timeout, secrets=secret)
     finally:
         for life in lives.values():
             life.connection.close()
@@ -177,7 +210,8 @@ def _take_back(lives: Mapping[str, Life], made: Mapping[str, DomainKeys], *, tim
         try:
             entries = inventory(connection, timeout=timeout)
             manifests = [entry.handle for entry in entries if entry.own and entry.label.startswith(manifest.LABEL)]
-            drop(connection, [*manifests, keys.domain, keys.partition], timeout=timeout)
+            pairs = transport.own(connection, timeout=timeout)
+            drop(connection, [*manifests, *pairs, keys.domain, keys.partition], timeout=timeout)
         except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
             log.warning("member.left-unfinished", member=name, reason=str(error))
 
@@ -246,6 +280,12 @@ def _record(
             membership=Membership.ADMITTED,
             since=clock.wall(),
             default_extractable=default_extractable(lives[member.name], timeout=timeout),
+            transport=transport.own_public(
+                lives[member.name].connection,
+                keys[member.name],
+                lives[member.name].token.serial,
+                timeout=timeout,
+            ),
         )
         for member in config.members
     ]

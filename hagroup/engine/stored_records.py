@@ -14,6 +14,7 @@ from hagroup.core.calls import Ckr, Handle, Template
 from hagroup.core.ckr import CKR
 from hagroup.core.records import ObjectRecord
 from hagroup.engine.domain_keys import DomainKeys, IntegrityAlarm, open_data, seal_data
+from hagroup.engine.envelope import EnvelopeError, generation
 from hagroup.engine.token_contents import APPLICATION, find_all
 from hagroup.members.api import Connection
 
@@ -48,6 +49,33 @@ def store_record(connection: Connection, keys: DomainKeys, record: ObjectRecord,
         ],
         timeout=timeout,
     )
+
+
+def older_records(connection: Connection, keys: DomainKeys, *, timeout: float) -> Iterator[tuple[Handle, bytes, int]]:
+    """(handle, UID, revision) of records on the token that are, or whose envelope is, under keys that were replaced."""
+    for handle in _find(connection, [], timeout=timeout):
+        values, _ = connection.get(handle, [int(CKA.LABEL), int(CKA.OBJECT_ID), int(CKA.VALUE)], timeout=timeout)
+        label, uid = values.get(CKA.LABEL, b"").decode(errors="replace"), values.get(CKA.OBJECT_ID, b"")
+        revision = label.rpartition(":")[2]
+        if not label.startswith(_LABEL) or not revision.isdecimal():
+            continue
+        if _is_older(connection, keys, uid, values.get(CKA.VALUE, b""), timeout=timeout):
+            yield handle, uid, int(revision)
+
+
+def _is_older(connection: Connection, keys: DomainKeys, uid: bytes, sealed: bytes, *, timeout: float) -> bool:
+    try:
+        # without the replaced keys: what they are needed for is older
+        present = msgspec.structs.replace(keys, older=None)
+        record = msgspec.msgpack.decode(
+            open_data(connection, present, _purpose(uid), sealed, timeout=timeout), type=ObjectRecord
+        )
+        return record.envelope is not None and generation(record.envelope) != (
+            keys.domain_key_id,
+            keys.partition_key_id,
+        )
+    except (IntegrityAlarm, EnvelopeError, msgspec.DecodeError):
+        return True
 
 
 def drop_records(connection: Connection, uid: bytes, *, timeout: float, but: int | None = None) -> None:

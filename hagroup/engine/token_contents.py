@@ -16,6 +16,8 @@ from hagroup.members.api import Connection
 APPLICATION = b"hagroup"
 """CKA_APPLICATION of the data objects that are the group's own."""
 TRANSPORT_LABEL = b"hagroup transport key"
+MEMBER_KEY_LABEL = b"hagroup member key"
+"""The private key by which the token receives the domain's keys."""
 
 _READ = (
     CKA.CLASS,
@@ -67,7 +69,7 @@ def _is_own(object_class: int | None, values: dict[int, bytes]) -> bool:
     label = values.get(CKA.LABEL, b"")
     if object_class == CKO.DATA:
         return values.get(CKA.APPLICATION) == APPLICATION and label.startswith(b"hagroup:")
-    return label in (DOMAIN_LABEL, PARTITION_LABEL, TRANSPORT_LABEL)
+    return label in (DOMAIN_LABEL, PARTITION_LABEL, TRANSPORT_LABEL, MEMBER_KEY_LABEL)
 
 
 def find_all(connection: Connection, template: Template, *, timeout: float) -> list[Handle]:

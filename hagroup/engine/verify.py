@@ -19,9 +19,7 @@ from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.ckr import CKR
 from hagroup.core.records import Locator, MemberRecord, ObjectRecord, ObjectState, Tombstone
 from hagroup.core.templates import install_template
-from hagroup.engine import proof, replica
-from hagroup.engine.challenge import open_reference
-from hagroup.engine.domain import find_domain
+from hagroup.engine import holding, proof, replica
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.login import APPLICATION, PIN_ERRORS, log_in
 from hagroup.engine.member import Life, Member
@@ -294,10 +292,7 @@ def _looking(
         known = Member(member, rank=(0, 0), standby=False)
         log_in(journal, known, life, *pin, automatic=pin[1] != APPLICATION, timeout=timeout)
         group = journal.group()
-        life.keys = find_domain(
-            life.connection, group.domain_key_id, group.partition_key_id, member.wrap_mechanism, timeout=timeout
-        )
-        open_reference(life.connection, life.keys, group.reference, timeout=timeout)
+        life.keys = holding.learn(journal, group, record, member.wrap_mechanism, life.connection, timeout=timeout)
         yield life
     finally:
         life.connection.close()

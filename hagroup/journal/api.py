@@ -30,6 +30,7 @@ from hagroup.core.records import (
     OwedKind,
     OwedRow,
     Role,
+    Rotation,
     Tombstone,
 )
 
@@ -315,7 +316,14 @@ class Journal(Protocol):
         """Change what is given (``reason`` is stored whenever ``membership`` is). Moves the membership revision."""
         ...
 
-    def set_member_facts(self, name: str, *, default_extractable: bool | None = None, low: int | None = None) -> None:
+    def set_member_facts(
+        self,
+        name: str,
+        *,
+        default_extractable: bool | None = None,
+        low: int | None = None,
+        transport: bytes | None = None,
+    ) -> None:
         """What was learnt about a member, and moves no membership revision."""
         ...
 
@@ -395,15 +403,35 @@ class Journal(Protocol):
         ...
 
     # -- group -------------------------------------------------------------------------------------------
-    def update_group(
-        self,
-        *,
-        label: str | None = None,
-        domain_key_id: bytes | None = None,
-        partition_key_id: bytes | None = None,
-        reference: bytes | None = None,
+    def update_group(self, *, label: str) -> None:
+        """Another label."""
+        ...
+
+    def begin_clear(self) -> str:
+        """A new epoch, recorded as ``cleared``; every admitted member is out of sync from now on, and is emptied before
+        it serves again. Returns the epoch. The objects themselves go by :meth:`clear_some`."""
+        ...
+
+    def clear_some(self, limit: int = 200) -> list[bytes]:
+        """Tombstones for up to ``limit`` of the objects that there are, as by :meth:`destroy` without asking a member;
+        creations under way are given up. Returns their UIDs; call it until there are none."""
+        ...
+
+    def begin_rotation(
+        self, *, domain_key_id: bytes, partition_key_id: bytes, reference: bytes, rotation: Rotation
     ) -> None:
-        """Change what is given (a rotated domain, another label)."""
+        """Everything new is sealed under these keys from now on. The membership revision moves: what was sealed before
+        cannot be begun any more (who compares it seals anew). ``rotation`` names the keys that are replaced.
+        Raises ValueError where these are not the present ones, or another rotation is not finished."""
+        ...
+
+    def rewrap(self, envelopes: Sequence[tuple[bytes, int, bytes, bytes]]) -> list[bool]:
+        """(UID, revision, envelope, the same sealed under the new keys): put in place where the record still is the
+        one that was sealed anew. No revision moves, and no member is asked."""
+        ...
+
+    def finish_rotation(self) -> None:
+        """No envelope is under the replaced keys any more (that is the caller's to know). Idempotent."""
         ...
 
     # -- this process ------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class Changing(Opened):
                 return True
             if found[1] is not None:
                 return False
-            _abandon(t, found[0])
+            abandon(t, found[0])
         return True
 
     # -- set attributes ------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class Changing(Opened):
             extra: tuple[Locator, ...] = ()
             opened = t.intent(record.intent)
             if opened is not None and opened[1] is None and opened[0].kind is IntentKind.CREATE:
-                _abandon(t, opened[0])  # a pair is one
+                abandon(t, opened[0])  # a pair is one
                 stone = t.tombstone(uid)
                 assert stone is not None
                 condemned = t.owed_of(uid)
@@ -257,7 +257,7 @@ def _looks_like_another(t: Transaction, record: ObjectRecord) -> bool:
     )
 
 
-def _abandon(t: Transaction, intent: Intent) -> None:
+def abandon(t: Transaction, intent: Intent) -> None:
     """``creating -> deleted`` for all objects of an open intent."""
     for uid in intent.uids:
         record = t.object(uid)

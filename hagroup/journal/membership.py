@@ -32,7 +32,7 @@ class Members(Opened):
             )
             t.head.owed += owed.rowcount
             t.touch_all()
-            return _moved_membership(t)
+            return moved_membership(t)
 
     def remove_member(self, name: str) -> int:
         with self._write() as t:
@@ -47,7 +47,7 @@ class Members(Opened):
             ):
                 t.sql.execute(f"DELETE FROM {table} WHERE {column} = ?", (name,))
             t.touch_all()
-            return _moved_membership(t)
+            return moved_membership(t)
 
     def update_member(
         self,
@@ -70,15 +70,24 @@ class Members(Opened):
             if serial is not None:
                 member = replace(member, serial=serial)
             t.put_member(member)
-            return _moved_membership(t)
+            return moved_membership(t)
 
-    def set_member_facts(self, name: str, *, default_extractable: bool | None = None, low: int | None = None) -> None:
+    def set_member_facts(
+        self,
+        name: str,
+        *,
+        default_extractable: bool | None = None,
+        low: int | None = None,
+        transport: bytes | None = None,
+    ) -> None:
         with self._write() as t:
             member = _expect_member(t, name)
             if default_extractable is not None:
                 member = replace(member, default_extractable=default_extractable)
             if low is not None:
                 member = replace(member, low=low)
+            if transport is not None:
+                member = replace(member, transport=transport)
             t.put_member(member)
 
     def admit(self, name: str, *, barrier: int, low: int, lease: Lease | None) -> list[OwedRow]:
@@ -96,7 +105,7 @@ class Members(Opened):
                 return hinders
             if member.membership is not Membership.ADMITTED:
                 member = replace(member, membership=Membership.ADMITTED, reason=None, since=t.wall)
-                _moved_membership(t)
+                moved_membership(t)
             t.put_member(replace(member, low=low))
             return []
 
@@ -109,23 +118,9 @@ class Members(Opened):
             if after != member:
                 t.put_member(after)
 
-    def update_group(
-        self,
-        *,
-        label: str | None = None,
-        domain_key_id: bytes | None = None,
-        partition_key_id: bytes | None = None,
-        reference: bytes | None = None,
-    ) -> None:
+    def update_group(self, *, label: str) -> None:
         with self._write() as t:
-            for column, value in (
-                ("label", label),
-                ("domain_key_id", domain_key_id),
-                ("partition_key_id", partition_key_id),
-                ("reference", reference),
-            ):
-                if value is not None:
-                    t.sql.execute(f"UPDATE identity SET {column} = ?", (value,))
+            t.sql.execute("UPDATE identity SET label = ?", (label,))
             t.touch_members()
 
     # -- leases --------------------------------------------------------------------------------------------------
@@ -177,7 +172,7 @@ def _expect_member(t: Transaction, name: str) -> MemberRecord:
     return member
 
 
-def _moved_membership(t: Transaction) -> int:
+def moved_membership(t: Transaction) -> int:
     t.touch_members()
     t.head.membership_revision += 1
     return t.head.membership_revision

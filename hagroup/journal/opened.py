@@ -164,8 +164,8 @@ class Opened:
 
     def _group(self, connection: sqlite3.Connection) -> GroupRecord:
         head = read_head(connection)
-        label, serial, domain, partition, reference = connection.execute(
-            "SELECT label, serial, domain_key_id, partition_key_id, reference FROM identity"
+        label, serial, domain, partition, reference, cleared, rotation = connection.execute(
+            "SELECT label, serial, domain_key_id, partition_key_id, reference, cleared, rotation FROM identity"
         ).fetchone()
         return GroupRecord(
             label=label,
@@ -176,6 +176,8 @@ class Opened:
             domain_key_id=domain,
             partition_key_id=partition,
             reference=reference,
+            cleared=cleared,
+            rotation=None if rotation is None else rows.to_rotation(rotation),
         )
 
 

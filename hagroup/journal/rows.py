@@ -20,6 +20,7 @@ from hagroup.core.records import (
     ObjectState,
     OwedKind,
     OwedRow,
+    Rotation,
     Tombstone,
 )
 
@@ -34,6 +35,7 @@ _locators = msgspec.msgpack.Decoder(tuple[Locator, ...]).decode
 _attempts = msgspec.msgpack.Decoder(tuple[Attempt, ...]).decode
 _member = msgspec.msgpack.Decoder(MemberRecord).decode
 _intent = msgspec.msgpack.Decoder(Intent).decode
+to_rotation = msgspec.msgpack.Decoder(Rotation).decode
 
 CLASS, LABEL, KEY_TYPE, ID = 0x000, 0x003, 0x100, 0x102
 DOMAIN_PARAMETERS = 0x06

@@ -43,7 +43,9 @@ CREATE TABLE identity (
     reference        BLOB    NOT NULL,
     machine          TEXT    NOT NULL,  -- where this file is the journal, and not a copy of it
     inode            INTEGER NOT NULL,
-    device           INTEGER NOT NULL
+    device           INTEGER NOT NULL,
+    cleared          TEXT    NOT NULL DEFAULT '',  -- epoch that began when the group was emptied last
+    rotation         BLOB                          -- the newest rotation of the domain's keys
 ) STRICT;
 
 CREATE TABLE members (

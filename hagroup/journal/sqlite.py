@@ -17,16 +17,19 @@ from hagroup.journal import binding, schema
 from hagroup.journal.api import Guarantees
 from hagroup.journal.binding import Place
 from hagroup.journal.changing import Changing
+from hagroup.journal.clearing import Clearing
 from hagroup.journal.clock import SystemClock
 from hagroup.journal.database import BUSY_TIMEOUT, Database, unavailable
+from hagroup.journal.epoch import new_epoch
 from hagroup.journal.membership import Members, insert_member
 from hagroup.journal.notes import Notes
 from hagroup.journal.owing import Owing
 from hagroup.journal.reading import Reading
+from hagroup.journal.rotating import Rotating
 from hagroup.journal.transaction import Head, Transaction
 
 
-class SqliteJournal(Reading, Changing, Owing, Members, Notes):
+class SqliteJournal(Reading, Changing, Owing, Members, Notes, Clearing, Rotating):
     """See :class:`hagroup.journal.api.Journal`. Any thread may use it.
 
     Never open the file otherwise (``open``, ``shutil.copy``) in a process that has it open here: closing any
@@ -73,7 +76,8 @@ class SqliteJournal(Reading, Changing, Owing, Members, Notes):
                     schema.install(connection)
                     _fill(connection, new_epoch(None), clock.boot_id())
                     connection.execute(
-                        "INSERT INTO identity VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?)",
+                        "INSERT INTO identity (only, label, serial, domain_key_id, partition_key_id, reference, "
+                        "machine, inode, device) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?)",
                         (
                             label,
                             serial,
@@ -161,12 +165,6 @@ class SqliteJournal(Reading, Changing, Owing, Members, Notes):
         except sqlite3.Error as error:
             raise unavailable(path, error) from error
         return str(epoch)
-
-
-def new_epoch(before: str | None) -> str:
-    """Greater than all before it, and no other journal's: ``00000002-1f6a09…``."""
-    number = 0 if before is None else int(before.partition("-")[0], 16)
-    return f"{number + 1:08x}-{secrets.token_hex(8)}"
 
 
 class _plain:  # noqa: N801 - a context manager, used like a function

@@ -761,8 +761,8 @@ def test_view_is_group_and_members(journal):
     assert group == journal.group()
     assert members == journal.members()
     assert (group.label, group.serial, group.reference) == ("payments", "74007601", b"reference")
-    journal.update_group(domain_key_id=b"rotated")
-    assert journal.group().domain_key_id == b"rotated"
+    journal.update_group(label="rotated")
+    assert journal.group().label == "rotated"
 
 
 # -- members --------------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_two_people_bring_the_keys_to_a_third_member_and_on_to_a_fourth(both: li
             side = DomainMember(connection=newcomer, name="third")
             keys = join_domain(source.side, source.keys, officer, side, timeout=T)
             assert source.objects() == before  # the transport key is gone
-            assert len(newcomer.find([], timeout=T)) == 2
+            assert len(newcomer.find([], timeout=T)) == 3  # with the pair by which it got them
             challenge(both[0].side, both[0].keys, side, keys, timeout=T)
             second_officer = connect(third, officer=True, isolation="process")
             other = DomainMember(connection=last, name="fourth")

@@ -1,0 +1,39 @@
+"""A progress bar on a terminal; nothing elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Called with what is being done, how much of it is done, and how much there is."""
+
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
+        self._tasks: dict[str, int] = {}
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            return
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=min(done, total), total=total)  # type: ignore[arg-type]
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
