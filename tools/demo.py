@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -130,9 +131,14 @@ def read_token(member: Any) -> dict[str, Any]:
 
 
 def worker_of(name: str) -> psutil.Process:
-    for process in psutil.Process().children(recursive=True):
-        if process.cmdline()[-1:] == [name]:
-            return process
+    """Waits for it: on a busy machine it may just be started again."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[-1:] == [name]:
+                    return process
+        time.sleep(0.05)
     raise Failed(f"no worker process of {name} was found")
 
 

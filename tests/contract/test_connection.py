@@ -57,6 +57,13 @@ def ulong(number: int) -> bytes:
     return number.to_bytes(ctypes.sizeof(ctypes.c_ulong), sys.byteorder)
 
 
+def freeze(pid: int) -> None:
+    """SIGSTOP; returns when every thread has stopped: until then the worker may still answer."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = [task / "stat" for task in Path(f"/proc/{pid}/task").iterdir()]
+    until(lambda: all(task.read_text().rpartition(")")[2].split()[0] == "T" for task in tasks))
+
+
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Waits for a condition; a test that needs a fixed time is a test that fails on a slow day."""
     deadline = time.monotonic() + seconds
@@ -693,7 +700,7 @@ def test_killed_in_the_middle(worker: ProcessConnection) -> None:
 
 
 def test_kill_wakes_callers_and_leaves_no_zombie(worker: ProcessConnection) -> None:
-    os.kill(worker.pid, signal.SIGSTOP)
+    freeze(worker.pid)
     errors: list[BaseException] = []
 
     def call() -> None:
@@ -721,7 +728,7 @@ def test_stopped_worker_costs_the_deadline_and_no_reply_goes_astray(worker: Proc
     def patient() -> None:
         results.append(worker.sign((SHA256_RSA_PKCS, None), private, b"\x03", timeout=T))
 
-    os.kill(worker.pid, signal.SIGSTOP)
+    freeze(worker.pid)
     other = threading.Thread(target=patient)
     other.start()
     until(lambda: bool(worker.outstanding()))
@@ -746,7 +753,7 @@ def test_an_interrupted_exchange_closes_its_channel(worker: ProcessConnection) -
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    os.kill(worker.pid, signal.SIGSTOP)
+    freeze(worker.pid)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(KeyboardInterrupt):
@@ -759,7 +766,7 @@ def test_an_interrupted_exchange_closes_its_channel(worker: ProcessConnection) -
 
 def test_a_signal_storm_does_not_prolong_the_deadline(worker: ProcessConnection) -> None:
     before = signal.signal(signal.SIGALRM, lambda *_: None)
-    os.kill(worker.pid, signal.SIGSTOP)
+    freeze(worker.pid)
     begin = time.monotonic()
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)

@@ -165,13 +165,15 @@ def test_another_watchdog_takes_over(group: GroupFixture) -> None:
         group.bring_back("hsm3")
         wait_until(lambda: kinds(told).count("group whole") == 2, "recovery")
     once = ["member failed", "group degraded", "member recovered", "group whole"]
-    assert [(event["kind"], event["member"]) for event in events(told) if event["member"]] == [
+    # A slow machine may also have found a member out of sync for a moment.
+    said = [(event["kind"], event["member"]) for event in events(told) if event["kind"] in once]
+    assert [(kind, member) for kind, member in said if member] == [
         ("member failed", "hsm2"),
         ("member recovered", "hsm2"),
         ("member failed", "hsm3"),
         ("member recovered", "hsm3"),
     ]
-    assert kinds(told) == once * 2
+    assert [kind for kind, _ in said] == once * 2
     assert len({event["id"] for event in events(told)}) == len(events(told))
 
 
