@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.support.history import Step, play, random_steps
 
 _PER_TASK = 20
+_SHOWN = 500
+"""After so many histories it says how far it is."""
 
 
 def failure(steps: list[Step], seed: int, log: list[str] | None = None) -> BaseException | None:
@@ -90,11 +92,14 @@ def explore(first: int, histories: int, steps: int, jobs: int) -> int:
     examples: dict[str, int] = {}
     with ProcessPoolExecutor(max_workers=jobs) as pool:
         futures = [pool.submit(_run, seeds, steps) for seeds in _tasks(first, histories)]
-        for future in futures:
+        for number, future in enumerate(futures, start=1):
+            done = min(number * _PER_TASK, histories)
             for seed, kind in future.result():
                 kinds[kind] += 1
                 if examples.setdefault(kind, seed) == seed:
                     print(f"seed {seed}: {kind}", flush=True)
+            if done % _SHOWN < _PER_TASK:
+                print(f"{done} of {histories} histories, {sum(kinds.values())} broke", file=sys.stderr, flush=True)
     took = time.monotonic() - started
     print(f"{histories} histories of {steps} steps from seed {first}, {sum(kinds.values())} broke, {took:.0f} s")
     for kind, count in kinds.most_common():
