@@ -188,6 +188,7 @@ def test_a_resync_that_lost_its_lease_changes_nothing(world: Simulation) -> None
     a, b = world.client("A"), world.client("B")
     world.members["hsm2"].down = True
     world.members["hsm2"].power_cycle()
+    a.background()
     uid = make(a)
     world.members["hsm2"].down = False
     place = 0
