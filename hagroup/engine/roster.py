@@ -314,20 +314,13 @@ class Roster:
         return True
 
     def check_domain(self, member: Member, life: Life) -> None:
-        """A handle is none: where it may be that of a domain key (the member was joined to the domain anew), the
-        connection is made anew, which finds the keys again or tells what is wrong."""
-        if life.keys is None:
-            return
-        keys, timeout = life.keys, self.config.timeouts.call
-        try:
-            found = find_domain(
-                life.connection, keys.domain_key_id, keys.partition_key_id, keys.wrap_mechanism, timeout=timeout
-            )
-        except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
-            self.lost(member, life, str(error))
-            return
-        if found != keys:
-            self.lost(member, life, "its domain keys are others than when it was connected")
+        """A handle is none. It may be that of a domain key (the member was joined to the domain anew): they are looked
+        for again."""
+        with self.changed:
+            if life.keys is None or member.learning:
+                return
+            member.learning = True
+        self._learn_anew(member, life)
 
     def bury_the_dead(self) -> None:
         """A worker that died while nobody called it is noticed all the same."""
