@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -18,18 +19,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.support.history import Step, play, random_steps
 
 _PER_TASK = 20
+_PATIENCE = 120
+"""Seconds for one history; it takes a fifth of one."""
 _SHOWN = 500
 """After so many histories it says how far it is."""
 
 
+class Hangs(BaseException):
+    """A history does not come to its end."""
+
+
+def _hangs(*_: object) -> None:
+    raise Hangs(f"no end after {_PATIENCE} s")
+
+
 def failure(steps: list[Step], seed: int, log: list[str] | None = None) -> BaseException | None:
     """What broke, if anything."""
+    signal.signal(signal.SIGALRM, _hangs)
+    signal.alarm(_PATIENCE)
     try:
         play(steps, seed, log=log)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         return error
+    finally:
+        signal.alarm(0)
     return None
 
 

@@ -107,7 +107,7 @@ class History:
     def call(self, number: int, action: Callable[[Client], Any]) -> tuple[str, Any]:
         """("done", answer), ("refused", error), ("unknown", error) or ("killed", None)."""
         client = self.client(number)
-        if client is None:
+        if client is None or client.would_wait():
             return "refused", None
         try:
             return "done", action(client)
@@ -522,10 +522,13 @@ class History:
         for client in self.clients:
             if client is None or client.dead:
                 continue
+            intrusion, client.intrusion = client.intrusion, None  # looking is no step of the history
             try:
                 client.engine.view.refresh()
             except (JournalUnavailable, Killed):
                 continue
+            finally:
+                client.intrusion = intrusion
             for uid in gone:
                 if client.real and client.engine.view._objects.get(uid) is not None:
                     raise Broken(f"{client.name} would use a destroyed object: {known[uid]}")
