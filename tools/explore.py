@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -18,16 +19,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.support.history import Step, play, random_steps
 
 _PER_TASK = 20
+_PATIENCE = 120
+"""Seconds for one history; it takes a fifth of one."""
+_SHOWN = 500
+"""After so many histories it says how far it is."""
+
+
+class Hangs(BaseException):
+    """A history does not come to its end."""
+
+
+def _hangs(*_: object) -> None:
+    raise Hangs(f"no end after {_PATIENCE} s")
 
 
 def failure(steps: list[Step], seed: int, log: list[str] | None = None) -> BaseException | None:
     """What broke, if anything."""
+    signal.signal(signal.SIGALRM, _hangs)
+    signal.alarm(_PATIENCE)
     try:
         play(steps, seed, log=log)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         return error
+    finally:
+        signal.alarm(0)
     return None
 
 
@@ -90,11 +107,14 @@ def explore(first: int, histories: int, steps: int, jobs: int) -> int:
     examples: dict[str, int] = {}
     with ProcessPoolExecutor(max_workers=jobs) as pool:
         futures = [pool.submit(_run, seeds, steps) for seeds in _tasks(first, histories)]
-        for future in futures:
+        for number, future in enumerate(futures, start=1):
+            done = min(number * _PER_TASK, histories)
             for seed, kind in future.result():
                 kinds[kind] += 1
                 if examples.setdefault(kind, seed) == seed:
                     print(f"seed {seed}: {kind}", flush=True)
+            if done % _SHOWN < _PER_TASK:
+                print(f"{done} of {histories} histories, {sum(kinds.values())} broke", file=sys.stderr, flush=True)
     took = time.monotonic() - started
     print(f"{histories} histories of {steps} steps from seed {first}, {sum(kinds.values())} broke, {took:.0f} s")
     for kind, count in kinds.most_common():

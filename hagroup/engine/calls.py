@@ -254,7 +254,9 @@ class _Attempt:
             if mechanism is not None and mechanism in life.mechanisms:
                 for item in self._objects:
                     item.suspect_replica(member)
-        else:  # a handle that stays stale
+        elif not self._objects and life.keys is not None:  # a handle that stays stale, and is none of an object
+            self._roster.check_domain(member, life)
+        else:
             for item in self._objects:
                 item.missing(member)
             self.not_there(member)

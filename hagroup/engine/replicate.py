@@ -227,10 +227,10 @@ class Replicator:
                 return False
             if verdict is Verdict.QUARANTINE:
                 self._roster.quarantine(member, str(error))
-            elif verdict is not Verdict.STALE_HANDLE:
-                if verdict is not Verdict.AMBIGUOUS:
-                    self._roster.lost(member, life, str(error))
-                return True
+            elif verdict is Verdict.STALE_HANDLE:
+                self._roster.check_domain(member, life)
+            elif verdict is not Verdict.AMBIGUOUS:
+                self._roster.lost(member, life, str(error))
             return True
         if isinstance(error, DeadlinePassed):
             self._roster.timed_out(member, life)

@@ -313,6 +313,15 @@ class Roster:
         self.wake()
         return True
 
+    def check_domain(self, member: Member, life: Life) -> None:
+        """A handle is none. It may be that of a domain key (the member was joined to the domain anew): they are looked
+        for again."""
+        with self.changed:
+            if life.keys is None or member.learning:
+                return
+            member.learning = True
+        self._learn_anew(member, life)
+
     def bury_the_dead(self) -> None:
         """A worker that died while nobody called it is noticed all the same."""
         for member in list(self.members.values()):

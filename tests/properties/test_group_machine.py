@@ -221,6 +221,16 @@ FOUND: dict[str, tuple[int, list[Step]]] = {
             ("tick", 50237, 3949, 45350),
         ],
     ),
+    # a member was given the domain keys anew while processes were connected to it: they went on with the old handles
+    "domain keys anew": (
+        200001,
+        [
+            ("create", 44427, 43536, 29592),
+            ("tick", 43774, 46933, 52415),
+            ("wipe", 32867, 7690, 30857),
+            ("destroy", 37372, 44235, 44708),
+        ],
+    ),
 }
 """Histories that once broke, as short as they could be made: (seed of the group's random numbers, steps)."""
 

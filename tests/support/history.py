@@ -18,6 +18,7 @@ from hagroup.core.calls import Ckr, Handle
 from hagroup.core.ckr import CKR
 from hagroup.core.records import Membership, ObjectRecord, ObjectState
 from hagroup.errors import JournalUnavailable, OutcomeUnknown
+from tests.support.linearizability import Kind, Observed
 from tests.support.simulated import (
     CKM_AES_CMAC,
     CKM_EC_KEY_PAIR_GEN,
@@ -65,6 +66,7 @@ class Unknown:
     number: int
     label: bytes
     count: int
+    called: int
 
 
 @dataclass
@@ -88,6 +90,7 @@ class History:
     snapshots: dict[str, dict[int, SimObject]] = field(default_factory=dict)
     pin_refusals: dict[str, int] = field(default_factory=dict)
     """Refused attempts before the PIN on the token last changed."""
+    observed: Observed = field(default_factory=Observed)
 
     # -- clients -----------------------------------------------------------------------------------------------
     def client(self, number: int) -> Client | None:
@@ -104,7 +107,7 @@ class History:
     def call(self, number: int, action: Callable[[Client], Any]) -> tuple[str, Any]:
         """("done", answer), ("refused", error), ("unknown", error) or ("killed", None)."""
         client = self.client(number)
-        if client is None:
+        if client is None or client.would_wait():
             return "refused", None
         try:
             return "done", action(client)
@@ -141,12 +144,14 @@ class History:
             pair = session.generate_pair((mechanism, None), public, key_template(label, sensitive=True), assign_id=True)
             return [(pair[0], CKO.PUBLIC_KEY, None), (pair[1], CKO.PRIVATE_KEY, int(sign))]
 
+        called = self.observed.now()
         outcome, made = self.call(client, make)
         if outcome == "done":
             for uid, object_class, mechanism in made:
+                self.observed.done(uid, Kind.CREATE, called, label)
                 self.things.append(Thing(uid, number, {label}, object_class, mechanism=mechanism))
         elif outcome != "refused":
-            self.unknown.append(Unknown(number, label, 2 if kind % 5 > 2 else 1))
+            self.unknown.append(Unknown(number, label, 2 if kind % 5 > 2 else 1, called))
 
     def _thing(self, number: int) -> Thing | None:
         return self.things[number % len(self.things)] if self.things else None
@@ -159,13 +164,16 @@ class History:
         new = b"%d.%d" % (thing.number, self.number)
         before, changes = thing.state, thing.changes
         thing.changes += 1
+        called = self.observed.now()
         outcome, answer = self.call(client, lambda one: one.ready().set(thing.uid, [(int(CKA.LABEL), new)]))
         if outcome == "done":
+            self.observed.done(thing.uid, Kind.SET, called, new)
             self._was_there(thing, before, "an attribute was set")
             thing.labels = {new} if thing.changes == changes + 1 else {*thing.labels, new}
         elif outcome == "refused":
-            self._refusal(thing, answer)
+            self._refusal(thing, answer, called)
         else:
+            self.observed.unknown(thing.uid, Kind.SET, called, new)
             thing.labels = {*thing.labels, new}
 
     def destroy(self, client: int, which: int, _: int) -> None:
@@ -174,22 +182,38 @@ class History:
             return
         before = thing.state
         thing.changes += 1
+        called = self.observed.now()
         outcome, answer = self.call(client, lambda one: one.ready().destroy(thing.uid))
         if outcome == "done":
+            self.observed.done(thing.uid, Kind.DESTROY, called)
             self._was_there(thing, before, "an object was destroyed")
             thing.state = "gone"
         elif outcome == "refused":
-            self._refusal(thing, answer)
-        elif thing.state == "live":
-            thing.state = "maybe"
+            self._refusal(thing, answer, called)
+        else:
+            self.observed.unknown(thing.uid, Kind.DESTROY, called)
+            if thing.state == "live":
+                thing.state = "maybe"
+
+    def read(self, client: int, which: int, _: int) -> None:
+        thing = self._thing(which)
+        if thing is None:
+            return
+        called = self.observed.now()
+        outcome, answer = self.call(client, lambda one: one.ready().get(thing.uid, [int(CKA.LABEL)]))
+        if outcome == "done":
+            self.observed.done(thing.uid, Kind.LABEL, called, answer[0][CKA.LABEL])
+        elif outcome == "refused":
+            self._refusal(thing, answer, called)
 
     def _was_there(self, thing: Thing, before: str, what: str) -> None:
         """:param before: its state when the call began: what happened meanwhile may count as later."""
         if before == "gone":
             raise Broken(f"{what} that had been destroyed: {thing}")
 
-    def _refusal(self, thing: Thing, error: Exception | None) -> None:
+    def _refusal(self, thing: Thing, error: Exception | None, called: int) -> None:
         if isinstance(error, Ckr) and error.rv == CKR.OBJECT_HANDLE_INVALID and error.function != "C_FindObjects":
+            self.observed.done(thing.uid, Kind.NOT_THERE, called)
             if thing.state == "live" and not self.simulation.depth:
                 raise Broken(f"an object is refused that was never destroyed: {thing}")
             if thing.state == "maybe" and not self.simulation.depth:
@@ -201,12 +225,16 @@ class History:
             return
         thing = things[which % len(things)]
         calm, before = self._calm(thing), thing.state
+        called = self.observed.now()
         outcome, answer = self.call(client, lambda one: one.ready().sign((thing.mechanism or 0, None), thing.uid, b"x"))
         if outcome != "done":
+            if isinstance(answer, Ckr) and (answer.rv, answer.function) == (CKR.KEY_HANDLE_INVALID, "C_SignInit"):
+                self.observed.done(thing.uid, Kind.NOT_THERE, called)
             if outcome == "refused" and calm and self._connected(client):
                 raise Broken(f"nothing is wrong, and {thing} cannot be used: {answer!r}")
             return
         self._was_there(thing, before, "a key was used")
+        self.observed.done(thing.uid, Kind.THERE, called)
         if thing.secret is not None:
             key = SimObject(0, {}, thing.secret, None)
             if signature(key, thing.mechanism or 0, b"x") != answer:
@@ -232,8 +260,10 @@ class History:
         def look(one: Client) -> list[bytes]:
             return one.ready().find({})
 
-        before = self._live()
+        before, called = self._live(), self.observed.now()
         outcome, found = self.call(client, look)
+        if outcome == "done":
+            self.observed.searched(called, found)
         if outcome == "done" and not self.simulation.depth:
             self._same_answer(found, before)
 
@@ -442,6 +472,7 @@ class History:
             if there or not mine:
                 self.unknown.remove(one)
             for record in there:
+                self.observed.unknown(record.uid, Kind.CREATE, one.called, one.label)
                 mechanism = {CKO.SECRET_KEY: CKM_AES_CMAC}.get(CKO(record.object_class))
                 self.things.append(Thing(record.uid, one.number, {one.label}, record.object_class, mechanism=mechanism))
 
@@ -491,10 +522,13 @@ class History:
         for client in self.clients:
             if client is None or client.dead:
                 continue
+            intrusion, client.intrusion = client.intrusion, None  # looking is no step of the history
             try:
                 client.engine.view.refresh()
             except (JournalUnavailable, Killed):
                 continue
+            finally:
+                client.intrusion = intrusion
             for uid in gone:
                 if client.real and client.engine.view._objects.get(uid) is not None:
                     raise Broken(f"{client.name} would use a destroyed object: {known[uid]}")
@@ -559,8 +593,13 @@ class History:
             if outcome != "done":
                 raise Broken(f"all is well, and a search fails: {found!r}")
             self._same_answer(found, self._live())
+            for which in range(len(self.things)):
+                self.read(number, which, 0)
             for which in range(len([one for one in self.things if one.mechanism is not None])):
                 self.sign(number, which, 0)
+        unexplained = self.observed.unexplained()
+        if unexplained is not None:
+            raise Broken(unexplained)
 
     def _quiet(self) -> bool:
         journal = self.simulation.journal
@@ -627,7 +666,7 @@ def _copied(objects: dict[int, SimObject]) -> dict[int, SimObject]:
     return {n: SimObject(n, dict(item.attributes), item.secret, None) for n, item in objects.items()}
 
 
-CLIENT_STEPS = ("create", "set_label", "destroy", "sign", "find", "tick")
+CLIENT_STEPS = ("create", "set_label", "destroy", "sign", "find", "read", "tick")
 WORLD_STEPS = ("fault", "off", "hang", "back", "full", "snapshot", "restore", "empty", "pin", "late", "swap", "wipe")
 TROUBLE = ("kill", "journal_error", "intrude", "time", "wall", "reboot", "fork")
 INTRUSIONS = ("set_label", "destroy", "tick", "create", "late", "off", "back", "sign")
@@ -637,6 +676,7 @@ WEIGHTS = {
     "destroy": 6,
     "sign": 6,
     "find": 2,
+    "read": 4,
     "tick": 10,
     "fault": 10,
     "off": 2,

@@ -217,6 +217,14 @@ class Client:
         finally:
             self._in_background = False
 
+    def would_wait(self) -> bool:
+        """Another thread of this process would have to wait for one that is in the middle of something: there is only
+        one thread here, so it cannot come in now."""
+        engine = self.engine
+        locks = [engine.view._lock, engine.supervisor.resync._recovery._one_at_a_time]
+        locks += [member.manifest_lock for member in engine.roster.members.values()]
+        return any(lock.locked() for lock in locks)
+
     def ready(self) -> VirtualSession:
         """A logged-in session. :raises HAError, Ckr: not now."""
         if self.session is None:
@@ -320,6 +328,7 @@ class Simulation:
     def _end(self) -> None:
         for client in list(self.owners.values()):
             client.bury()
+        self.journal.close()
 
     def _open(self, settings: ConnectionSettings, *, generation: int, isolation: str, timeout: float) -> SimConnection:
         owner = Path(settings.lock_file or "").name.partition("-")[0]

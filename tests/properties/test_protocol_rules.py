@@ -1,0 +1,256 @@
+"""One short history for each rule of the protocol that would be easy to break (``tests/mutations``), over simulated
+members: what happens in between is exactly what the test says."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hagroup.core.attributes import CKA, CKM, pack_ulong
+from hagroup.core.calls import Ckr
+from hagroup.core.ckr import CKR
+from hagroup.core.records import Membership
+from hagroup.engine import manifest
+from hagroup.engine.resync import LEASE
+from hagroup.errors import GroupUnavailable, JournalMismatch
+from tests.support.simulated import CKM_AES_CMAC, Fate, SimMember, SimObject, signature
+from tests.support.simulation import LATE_WINDOW, Client, Killed, Simulation, key_template
+
+SIGN = (CKM_AES_CMAC, None)
+
+
+@pytest.fixture
+def world() -> Iterator[Simulation]:
+    """Three members elsewhere (a call may still execute after everybody gave it up)."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        simulation = Simulation(Path(folder), 1)
+        simulation.log = []
+        with simulation.running():
+            yield simulation
+            assert not simulation.unexpected
+
+
+def make(client: Client, label: bytes = b"key") -> bytes:
+    template = [*key_template(label), (CKA.VALUE_LEN, pack_ulong(32))]
+    return client.ready().generate((CKM.AES_KEY_GEN, None), template, assign_id=True)
+
+
+def held(member: SimMember) -> list[SimObject]:
+    """What the token holds beside the group's own objects."""
+    return [item for item in member.right_token.objects.values() if not item.label.startswith(b"hagroup")]
+
+
+def dies_at(client: Client, method: str) -> None:
+    """Killed when it is about to call this of the journal."""
+
+    def die(*_: Any, **__: Any) -> None:
+        client.dead = True
+        raise Killed
+
+    setattr(client.journal, method, die)
+
+
+def before(client: Client, method: str, action: Callable[[], object]) -> None:
+    """Something else happens when the client is about to call this of the journal for the first time."""
+    original = getattr(client.journal, method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        setattr(client.journal, method, original)
+        action()
+        return original(*args, **kwargs)
+
+    setattr(client.journal, method, call)
+
+
+def wait(world: Simulation, client: Client, seconds: float) -> None:
+    """Time passes, and the client's background works."""
+    for _ in range(10):
+        client.background()
+        world.clock.now += seconds / 10
+    client.background()
+
+
+def asked(world: Simulation, since: int, what: str) -> list[str]:
+    assert world.log is not None
+    return [line for line in world.log[since:] if what in line]
+
+
+def test_killed_before_the_envelope_is_durable_leaves_nothing(world: Simulation) -> None:
+    a = world.client("A")
+    dies_at(a, "begin_create")
+    with pytest.raises(Killed):
+        make(a)
+    a.bury()
+    assert [held(member) for member in world.members.values()] == [[], [], []]
+
+
+def test_killed_before_the_tombstone_leaves_the_object_whole(world: Simulation) -> None:
+    a = world.client("A")
+    uid = make(a)
+    dies_at(a, "destroy")
+    with pytest.raises(Killed):
+        a.ready().destroy(uid)
+    a.bury()
+    assert [len(held(member)) for member in world.members.values()] == [1, 1, 1]
+
+
+def test_an_install_that_a_destroy_overtook_is_undone(world: Simulation) -> None:
+    a, b = world.client("A"), world.client("B")
+    before(a, "confirm", lambda: b.real.abandon_create(b.real.intents()[0].id))
+    with pytest.raises(GroupUnavailable):
+        make(a)
+    wait(world, b, 100)
+    assert [held(member) for member in world.members.values()] == [[], [], []]
+    assert not list(b.real.owed())
+
+
+def test_a_call_that_executes_late_leaves_nothing(world: Simulation) -> None:
+    a = world.client("A")
+    world.faults["hsm2"] = [(0, Fate.LATE, True)]
+    uid = make(a)
+    assert [len(held(member)) for member in world.members.values()] == [1, 0, 1]
+    a.ready().destroy(uid)
+    wait(world, a, LATE_WINDOW / 6)
+    world.members["hsm2"].run_late(0)
+    assert len(held(world.members["hsm2"])) == 1
+    wait(world, a, LATE_WINDOW * 2)
+    assert [held(member) for member in world.members.values()] == [[], [], []]
+    assert not list(a.real.owed())
+
+
+def test_of_several_matches_none_is_used(world: Simulation) -> None:
+    a = world.client("A")
+    uid = make(a)
+    a.bury()
+    member = world.members["hsm1"]
+    original = held(member)[0]
+    number = member.next_number()
+    member.token.objects[number] = SimObject(number, dict(original.attributes), original.secret, None)
+    for name in ("hsm2", "hsm3"):
+        world.members[name].down = True
+    script = member.script
+
+    def watched(connection: Any, name: str, changes: bool) -> Fate:
+        if name == "C_Sign":
+            assert len(held(member)) == 1
+        return script(connection, name, changes)
+
+    member.script = watched
+    b = world.client("B")
+    with contextlib.suppress(GroupUnavailable):  # where it is repaired first, the call may just not wait for that
+        b.ready().sign(SIGN, uid, b"x")
+    wait(world, b, 100)
+    assert len(held(member)) == 1
+    assert b.ready().sign(SIGN, uid, b"x")
+
+
+def test_no_handle_outlives_its_connection(world: Simulation) -> None:
+    a = world.client("A")
+    uid = make(a)
+    for name in ("hsm2", "hsm3"):
+        world.members[name].down = True
+        world.members[name].power_cycle()
+    assert a.ready().sign(SIGN, uid, b"x")
+    earlier = a.engine.roster.members["hsm1"].life
+    assert earlier is not None and uid in earlier.handles
+    world.members["hsm1"].power_cycle()
+    wait(world, a, 10)
+    life = a.engine.roster.members["hsm1"].life
+    assert life is not None and life is not earlier and not life.handles
+    key = SimObject(0, {}, held(world.members["hsm1"])[0].secret, None)
+    assert a.ready().sign(SIGN, uid, b"x") == signature(key, CKM_AES_CMAC, b"x")
+
+
+def test_an_unanswered_install_is_looked_for_before_it_is_made(world: Simulation) -> None:
+    a = world.client("A")
+    world.faults["hsm2"] = [(0, Fate.LOST_AFTER, True)]
+    make(a)
+    wait(world, a, LATE_WINDOW * 2)
+    assert [len(held(member)) for member in world.members.values()] == [1, 1, 1]
+    assert not list(a.real.owed())
+
+
+def test_nobody_logs_in_automatically_while_the_count_is_low(world: Simulation) -> None:
+    world.members["hsm2"].token.count_low = True
+    earlier = world.members["hsm2"].token.logins
+    a = world.client("A")
+    wait(world, a, 100)
+    assert world.members["hsm2"].token.logins == earlier
+    assert make(a)
+
+
+def test_a_resync_that_lost_its_lease_changes_nothing(world: Simulation) -> None:
+    a, b = world.client("A"), world.client("B")
+    world.members["hsm2"].down = True
+    world.members["hsm2"].power_cycle()
+    a.background()
+    uid = make(a)
+    world.members["hsm2"].down = False
+    place = 0
+
+    def takes_over() -> None:
+        nonlocal place
+        world.clock.now += LEASE + 1
+        assert b.real.acquire_lease("resync/hsm2", ttl=10_000) is not None
+        assert world.log is not None
+        place = len(world.log)
+
+    before(a, "claim", takes_over)
+    wait(world, a, 100)
+    assert place
+    assert not asked(world, place, "A hsm2 C_UnwrapKey")
+    assert not held(world.members["hsm2"])
+    assert not world.journal.placement(uid)[1]["hsm2"].asked_before  # it did not even claim it
+
+
+def test_a_journal_that_is_behind_changes_nothing(world: Simulation) -> None:
+    a = world.client("A")
+    make(a)
+    life = a.engine.roster.members["hsm1"].life
+    assert life is not None and life.keys is not None
+    group, listed = a.real.view()
+    shown = manifest.compose(group, {one.name: one for one in listed}, low=0, high=group.change + 1000)
+    manifest.write(life.connection, life.keys, shown, timeout=1)
+    a.bury()
+    b = world.client("B")
+    with pytest.raises(JournalMismatch):
+        make(b)
+    assert [len(held(member)) for member in world.members.values()] == [1, 1, 1]
+
+
+def test_a_change_that_all_refuse_is_none(world: Simulation) -> None:
+    a = world.client("A")
+    uid = make(a)
+    for name in world.members:
+        world.faults[name] = [(0, Fate.UNSENT, True)]
+    with pytest.raises(GroupUnavailable, match="nothing was changed"):
+        a.ready().set(uid, [(int(CKA.LABEL), b"other")])
+    wait(world, a, 100)
+    assert a.ready().get(uid, [int(CKA.LABEL)])[0] == {CKA.LABEL: b"key"}
+    assert [[item.label for item in held(member)] for member in world.members.values()] == [[b"key"]] * 3
+
+
+def test_what_another_process_destroyed_is_refused(world: Simulation) -> None:
+    a, b = world.client("A"), world.client("B")
+    uid = make(a)
+    assert b.ready().get(uid, [int(CKA.LABEL)])[0]
+    a.ready().destroy(uid)
+    with pytest.raises(Ckr) as caught:
+        b.ready().get(uid, [int(CKA.LABEL)])
+    assert caught.value.rv == CKR.OBJECT_HANDLE_INVALID
+
+
+def test_a_joining_member_is_admitted_when_it_has_all(world: Simulation) -> None:
+    """A member that the journal does not admit is not used before it has what was made meanwhile."""
+    a = world.client("A")
+    world.journal.update_member("hsm2", membership=Membership.OUT_OF_SYNC, reason="resumed")
+    world.faults["hsm2"] = [(0, Fate.UNSENT, True)]
+    uid = make(a)
+    wait(world, a, 100)
+    assert {one.name: one.membership for one in world.journal.members()}["hsm2"] is Membership.ADMITTED
+    assert "hsm2" in world.journal.placement(uid)[0]
