@@ -627,8 +627,6 @@ class Roster:
         self._closed = True
         self.tasks.shutdown(wait=False)
         _, unfinished = wait(set(self._running), timeout=CLOSE_GRACE)
-        if unfinished:
-            import faulthandler; faulthandler.dump_traceback(file=open("/tmp/h4_dump","w"))
         for member in list(self.members.values()):
             life, member.life = member.life, None
             if life is None:

@@ -129,7 +129,7 @@ def test_rotation_under_a_running_application(group: GroupFixture, session: Any)
     wait_until(lambda: len(engine(session).roster.serving()) == 3, "all serve")
     roster = engine(session).roster
     for name in list(group.members):  # what is kept in memory opens under the new keys, wherever it was made
-        roster.members[name].life.connection.kill()
+        group.workers()[name].kill()
         assert kept.encrypt(bytes(16), mechanism=Mechanism.AES_ECB) == encrypted
         wait_until(lambda name=name: roster.members[name].serving, "it is back")
     assert secret[Attribute.VALUE] == b"thirteen byte"
