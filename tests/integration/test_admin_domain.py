@@ -25,7 +25,7 @@ from hagroup.engine.stored_records import stored_records
 from tests.support import plain
 from tests.support.faulty import Load, engine
 from tests.support.groups import PIN, GroupFixture, make_group, wait_until
-from tests.support.newcomers import private, tamper
+from tests.support.newcomers import add, new_token, private, tamper
 from tests.support.terminal import Terminal
 
 ADMIN = Path(sys.executable).with_name("ha-admin")
@@ -65,7 +65,7 @@ def names(group: GroupFixture) -> tuple[str, str]:
     return found["domain_key"], found["partition_key"]
 
 
-def test_rotation_under_a_running_application(group: GroupFixture, session: Any) -> None:
+def test_everything_under_a_running_application(group: GroupFixture, session: Any) -> None:
     _, signer = session.generate_keypair(KeyType.RSA, 2048, store=True, label="signer")
     secret = session.create_object(
         {
@@ -89,6 +89,7 @@ def test_rotation_under_a_running_application(group: GroupFixture, session: Any)
         }
     )
     kept = session.generate_key(KeyType.AES, 256, label="in memory")
+    session.generate_key(KeyType.AES, 256, store=True, label="to be destroyed")
     encrypted = kept.encrypt(bytes(16), mechanism=Mechanism.AES_ECB)
     expected = signer.sign(DATA, mechanism=Mechanism.SHA256_RSA_PKCS)
     shown = group.admin("domain", "show", "--json")
@@ -99,22 +100,42 @@ def test_rotation_under_a_running_application(group: GroupFixture, session: Any)
 
     def work(number: int) -> None:
         if number == 12:
-            time.sleep(0.05)
             session.generate_key(KeyType.AES, 128, store=True, label="made meanwhile")
-        elif number == 11:
             time.sleep(0.1)
+        elif number == 13:
             note[Attribute.LABEL] = f"note {time.monotonic()}"
+            time.sleep(0.1)
         else:
             assert signer.sign(DATA, mechanism=Mechanism.SHA256_RSA_PKCS) == expected
+            time.sleep(0.01)
 
-    with Load(work, threads=13) as load:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        done = group.admin(*arguments)
+        assert done.returncode == 0, done.stderr + done.stdout
+        return done
+
+    token = new_token(group, "hsm4")
+    with Load(work, threads=14) as load:
         load.wait_for(50)
+        added = add(group, "hsm4", token)
+        assert added.returncode == 0, added.stderr
+        run("member", "drain", "hsm1")
+        run("member", "resume", "hsm1")
         done = rotate(group, "--json")
         load.wait_for(50)
+        run("backup", "create", str(group.folder / "backup"))
+        gone = session.get_key(label="to be destroyed")
+        uid = gone.id.hex()
+        gone.destroy()
+        run("backup", "restore", str(group.folder / "backup"), "--resurrect", uid, "--yes")
+        run("member", "remove", "hsm4", "--yes")
+        load.wait_for(50)
+    group.reload()
     assert done.returncode == 0, done.stderr + done.stdout
     assert not load.errors, load.errors[0]
+    assert session.get_key(label="to be destroyed")
     told = json.loads(done.stdout)
-    assert told["done"] == ["hsm1", "hsm2", "hsm3"]
+    assert told["done"] == ["hsm1", "hsm2", "hsm3", "hsm4"]
     assert (
         (told["domain_key"], told["partition_key"]) == names(group) != (before["domain_key"], before["partition_key"])
     )
