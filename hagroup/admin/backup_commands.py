@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hagroup.admin.member_commands import opened
+from hagroup.admin.new_file import new_file
 from hagroup.admin.options import DEGRADED, USAGE, Json, PinEnv, PinFile, Yes, confirm, fail, print_json, say
 from hagroup.admin.show import table
 from hagroup.engine import backup, membership
@@ -33,21 +33,8 @@ def backup_create(file: File, label: Labels = None, pin_file: PinFile = None, pi
         fail(f"{file} exists already and is not overwritten", USAGE)
     with opened((pin_file, pin_env)) as group:
         header, data = backup.create(group, label or [])
-    _write(file, data)
+    new_file(file, data)
     say(f"{file}: {header.objects} objects, {header.tombstones} tombstones of group {header.label} ({header.group})")
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Whole or not at all, readable by its owner only."""
-    temporary = file.absolute().with_name(f".{file.name}.{secrets.token_hex(8)}")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as opened_file:
-            opened_file.write(data)
-            opened_file.flush()
-            os.fsync(opened_file.fileno())
-        os.link(temporary, file)  # unlike rename, refuses to overwrite
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @backup_app.command("restore")

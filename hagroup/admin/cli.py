@@ -203,7 +203,6 @@ def main() -> None:
         print(f"ha-admin: {error}", file=sys.stderr)
         status = UNREACHABLE
     except (typer.Abort, KeyboardInterrupt):
-        print("ha-admin: stopped; run the same command again to complete it", file=sys.stderr)
         status = STOPPED
     except _UsageError as error:
         error.show()
@@ -214,6 +213,8 @@ def main() -> None:
     except OSError as error:
         print(f"ha-admin: {error}", file=sys.stderr)
         status = USAGE
+    if status == STOPPED:  # newer typers turn Ctrl-C into that status by themselves
+        print("ha-admin: stopped; run the same command again to complete it", file=sys.stderr)
     sys.exit(status or FINE)
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from hagroup import bootstrap
 from hagroup.admin import pins
+from hagroup.admin.progress import going_down
 from hagroup.config.load import load
 from hagroup.config.model import GroupConfig, MemberConfig
 from hagroup.config.pins import Pin, pin_source_identity, pin_source_stamp, read_pin_stamped
@@ -149,7 +150,8 @@ def sync(path: Path, *, pin: PinOptions) -> Synced:
     group = _logged_in(path, pin)
     try:
         before = {name: len(group.journal.owed(name)) for name in group.view.members}
-        group.supervisor.sync_now()
+        with going_down("changes brought up to date", lambda: group.journal.counts()["owed"]):
+            group.supervisor.sync_now()
         members = []
         for name in group.view.members:
             owed = len(group.journal.owed(name))

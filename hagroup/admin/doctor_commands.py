@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from hagroup.admin import commands, show
+from hagroup.admin.new_file import new_file
 from hagroup.admin.options import DEGRADED, UNREACHABLE, Json, PinEnv, PinFile, chosen_config, print_json, say
+from hagroup.engine import bundle as bundling
 from hagroup.engine import doctor as examining
 from hagroup.journal.clock import SystemClock
 
+Bundle = Annotated[
+    Path | None, typer.Option("--bundle", metavar="FILE", help="write an archive (tar.gz) for a support person")
+]
 
-def doctor(as_json: Json = False) -> None:
-    """Check what a support person would ask for, and print remedies. Needs no PIN, changes nothing, tries no login."""
+
+def doctor(as_json: Json = False, bundle: Bundle = None) -> None:
+    """Check what a support person would ask for, and print remedies. Needs no PIN, changes nothing, tries no login.
+
+    --bundle writes checks, status, events and hagroup.toml into one file: no PIN, no key, no object's name is in it.
+    """
+    if bundle is not None:
+        new_file(bundle, bundling.make(chosen_config(), SystemClock()))
+        say(f"{bundle}: written, without secrets; look at it before you send it")
+        return
     found = list(examining.examine(chosen_config(), SystemClock()))
     if as_json:
         print_json(found)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+
+from hagroup.errors import HAError
+
+_INTERVAL = 0.2
 
 
 class Progress:
@@ -37,3 +45,26 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+@contextmanager
+def going_down(what: str, left: Callable[[], int]) -> Iterator[None]:
+    """While the block runs: how much of what was ``left`` is done, asked again and again; on a terminal only."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    total, over = left(), threading.Event()
+
+    def look(told: Progress) -> None:
+        while not over.wait(_INTERVAL):
+            with contextlib.suppress(HAError):  # the command itself will say so
+                told(what, total - left(), total)
+
+    with Progress() as told:
+        looking = threading.Thread(target=look, args=(told,), daemon=True)
+        looking.start()
+        try:
+            yield
+        finally:
+            over.set()
+            looking.join()

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hagroup.admin.commands import ObjectLine, Synced
-from hagroup.engine.status import Status
+from hagroup.engine.status import MemberStatus, Status
 
 _STYLES = {"in service": "green", "failed": "red", "quarantined": "bold red", "ok": "green", "down": "bold red"}
 
@@ -59,7 +59,8 @@ def status(found: Status) -> None:
         console.print(found.journal.reason, style="red")
     console.print(f"{found.objects} objects, {found.tombstones} tombstones")
     console.print()
-    lines = _table("member", "serial", "role", "state", "missing", "stale", "delete", "unmanaged")
+    more = _more_columns(found)
+    lines = _table("member", "serial", "role", "state", "missing", "stale", "delete", "unmanaged", *more)
     for member in found.members:
         lines.add_row(
             member.name,
@@ -70,9 +71,12 @@ def status(found: Status) -> None:
             str(member.stale),
             str(member.pending_deletes),
             "?" if member.unmanaged is None else str(member.unmanaged),
+            *(_more(member, column) for column in more),
             style=_STYLES.get(member.state),
         )
     console.print(lines)
+    if found.watchdog is not None:
+        console.print("watchdog: watching" if found.watchdog else "watchdog: none is running")
     for member in found.members:
         if member.reason is not None:
             since = "" if member.state == "failed" else f" (since {when(member.since)} UTC)"
@@ -81,6 +85,29 @@ def status(found: Status) -> None:
                 style=_STYLES.get(member.state),
                 soft_wrap=True,
             )
+    if found.events:
+        console.print()
+    for event in found.events:
+        of = f" {event.member}:" if event.member else ""
+        console.print(f"{when(event.time)} {event.kind}:{of} {event.text}", soft_wrap=True)
+
+
+def _more_columns(found: Status) -> list[str]:
+    """Columns that say something here."""
+    wanted = {
+        "site": any(member.site for member in found.members),
+        "unanswered": any(member.unanswered for member in found.members),
+        "ms": any(member.latency_ms is not None for member in found.members),
+    }
+    return [column for column, shown in wanted.items() if shown]
+
+
+def _more(member: MemberStatus, column: str) -> str:
+    if column == "site":
+        return member.site or ""
+    if column == "unanswered":
+        return str(member.unanswered)
+    return "" if member.latency_ms is None else f"{member.latency_ms:.1f}"
 
 
 def sync(done: Synced) -> None:

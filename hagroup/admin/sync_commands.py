@@ -31,6 +31,7 @@ def dry_run(*, as_json: bool) -> int:
 
 def adopt(*, pin: tuple[Path | None, str | None], label: str | None, as_json: bool) -> None:
     with opened(pin) as group:
+        membership.sponsor(group)
         with membership.alone(group.journal):
             done = adopting.adopt(group, only=label)
         group.supervisor.sync_now()

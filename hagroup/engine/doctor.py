@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -32,6 +33,8 @@ OK, WARNING, BAD = "ok", "warning", "bad"
 _PACKAGES = ("hagroup", "python-pkcs11", "msgspec", "cryptography")
 _ROOM = 64 * 1024 * 1024
 """Bytes free where the journal is, below which it is time to act."""
+_AHEAD = 60.0
+_PAST = 1_700_000_000.0
 _SLOW_SYNC = 0.1
 """Seconds for one durable write, above which every change of a key is slow."""
 
@@ -67,6 +70,8 @@ def examine(path: Path, clock: Clock) -> Iterator[Check]:
     try:
         if journal is not None:
             yield from _journal(config, journal)
+            yield from _clocks(journal, clock)
+            yield _watchdog(config, journal)
         for member in config.members:
             yield from _member(config, member, journal)
     finally:
@@ -147,6 +152,38 @@ def _place(path: Path) -> Iterator[Check]:
     state = WARNING if took > _SLOW_SYNC else OK
     remedy = "put it on a faster disk: each change of a key waits for this" if state == WARNING else ""
     yield Check(subject="journal", state=state, found=f"a durable write takes {took * 1000:.1f} ms", remedy=remedy)
+
+
+def _clocks(journal: Journal, clock: Clock) -> Iterator[Check]:
+    """Leases and late windows count by boot time and do not care; events and `since` are read by people."""
+    now = clock.wall()
+    newest = max((event.time for event in journal.events(limit=1000)), default=0.0)
+    ahead = newest - now
+    if ahead > _AHEAD:
+        yield Check(
+            subject="clocks",
+            state=WARNING,
+            found=f"the journal has events from {ahead:.0f} s in the future: the clock was set back",
+            remedy="set it right (NTP); nothing depends on it but the times that people read",
+        )
+        return
+    if now < _PAST:
+        yield Check(subject="clocks", state=WARNING, found="the clock stands in the past", remedy="set it right (NTP)")
+        return
+    yield Check(
+        subject="clocks", state=OK, found=f"wall clock {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    )
+
+
+def _watchdog(config: GroupConfig, journal: Journal) -> Check:
+    if journal.lease_held(f"watchdog/{config.group.serial}"):
+        return Check(subject="watchdog", state=OK, found="one is watching this group")
+    return Check(
+        subject="watchdog",
+        state=WARNING,
+        found="none is watching this group: nobody is told of a failure while no program runs",
+        remedy=f"run `ha-watchdog --config {config.path}` (`ha-watchdog install` writes the systemd unit)",
+    )
 
 
 # -- a member ----------------------------------------------------------------------------------------------------------

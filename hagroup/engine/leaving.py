@@ -37,6 +37,9 @@ GRACE = 1.0
 elsewhere."""
 
 
+_SETTLING = 2.0
+
+
 class Left(msgspec.Struct, frozen=True):
     """What became of a removed member's token."""
 
@@ -105,8 +108,12 @@ def _refuse(group: GroupEngine, name: str, *, lose: bool) -> None:
 
 
 def _refuse_loss(journal: Journal, name: str, *, lose: bool) -> None:
-    alone = only_there(journal, name)
-    if alone and not lose:
+    if lose:
+        return
+    deadline = time.monotonic() + _SETTLING
+    while (alone := only_there(journal, name)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # programs may just be changing it
+    if alone:
         shown = ", ".join(alone[:5]) + (" …" if len(alone) > 5 else "")
         raise ConfigurationError(
             f'{len(alone)} objects are up to date on no other member than "{name}" ({shown}): run `ha-admin sync` '

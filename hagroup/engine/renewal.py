@@ -88,7 +88,12 @@ def _keys(connection: Connection, *, timeout: float) -> Iterator[tuple[Handle, b
             (int(CKA.LABEL), label),
         ]
         for handle in find_all(connection, template, timeout=timeout):
-            values, _ = connection.get(handle, [int(CKA.ID)], timeout=timeout)
+            try:
+                values, _ = connection.get(handle, [int(CKA.ID)], timeout=timeout)
+            except Ckr as error:
+                if error.rv != CKR.OBJECT_HANDLE_INVALID:  # another process was faster
+                    raise
+                continue
             yield handle, values.get(CKA.ID, b"")
 
 

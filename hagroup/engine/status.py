@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,11 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     """When ``state`` last changed, as far as the journal knows (RFC 3339)."""
     reason: str | None
     """Why it is not in service or not in sync, and what to do."""
+    site: str | None = None
+    unanswered: int = 0
+    """Changes that some client asked it for and that it has not answered (DESIGN.md 4.1)."""
+    latency_ms: float | None = None
+    """How long it took to answer just now; None: it was not asked here, or did not answer."""
 
 
 class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +62,13 @@ class JournalStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Why it cannot be read; the members' numbers are not known then."""
 
 
+class LastEvent(msgspec.Struct, frozen=True, kw_only=True):
+    time: str
+    kind: str
+    member: str | None
+    text: str
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The document that ``ha-admin status --json`` prints; fields are added, never renamed."""
 
@@ -64,6 +77,17 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     objects: int
     tombstones: int
     journal: JournalStatus
+    watchdog: bool | None = None
+    """Whether one watches this group now; None: not known without the journal."""
+    events: list[LastEvent] = []
+    """The last ones, oldest first."""
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """What a member said when it was asked."""
+
+    why_not: str | None
+    latency_ms: float | None = None
 
 
 def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | None] | None = None) -> Status:
@@ -74,16 +98,18 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
     """
     _, records = journal.view()
     configured = {member.name: member for member in config.members}
+    asked: dict[str, _Answer] = {name: _Answer(why_not) for name, why_not in (answers or {}).items()}
     if answers is None:
         with ThreadPoolExecutor(max_workers=max(1, len(records))) as pool:
             futures = {
-                record.name: pool.submit(_reachable, configured[record.name], journal, record, config.timeouts.call)
+                record.name: pool.submit(_ask, configured[record.name], journal, record, config.timeouts.call)
                 for record in records
                 if record.name in configured
             }
-            answers = {name: future.result() for name, future in futures.items()}
+            asked = {name: future.result() for name, future in futures.items()}
+    elsewhere = _Answer("not in hagroup.toml of this host")
     members = [
-        _member(record, journal, answers.get(record.name, "not in hagroup.toml of this host")) for record in records
+        _member(record, journal, asked.get(record.name, elsewhere), configured.get(record.name)) for record in records
     ]
     counts = journal.counts()
     return Status(
@@ -97,14 +123,27 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
         objects=counts["live"],
         tombstones=counts["tombstones"],
         journal=JournalStatus(url=str(config.journal.url), ok=True),
+        watchdog=journal.lease_held(f"watchdog/{config.group.serial}"),
+        events=[
+            LastEvent(time=_rfc3339(event.time), kind=event.kind, member=event.member, text=event.text)
+            for event in journal.events(limit=50)
+            if event.kind != UNMANAGED_COUNTED and event.text
+        ][-_EVENTS:],
     )
+
+
+_EVENTS = 5
+
+
+def _rfc3339(wall: float) -> str:
+    return datetime.fromtimestamp(wall, UTC).isoformat(timespec="seconds")
 
 
 def without_journal(config: GroupConfig, why: str) -> Status:
     """What can be said where the journal cannot be read: which members answer."""
     with ThreadPoolExecutor(max_workers=max(1, len(config.members))) as pool:
         timeout = config.timeouts.call
-        answers = list(pool.map(lambda member: _reachable(member, None, None, timeout), config.members))
+        answers = [one.why_not for one in pool.map(lambda member: _ask(member, None, None, timeout), config.members)]
     members = [
         MemberStatus(
             name=member.name,
@@ -135,21 +174,28 @@ def without_journal(config: GroupConfig, why: str) -> Status:
     )
 
 
-def _reachable(
-    config: MemberConfig, journal: Journal | None, record: MemberRecord | None, timeout: float
-) -> str | None:
-    """None: its token answers. Else why not."""
+def _ask(config: MemberConfig, journal: Journal | None, record: MemberRecord | None, timeout: float) -> _Answer:
+    """Whether its token answers, and how fast."""
     serial = None if record is None else record.serial
     try:
         life = open_life(config, journal, generation=1, timeout=timeout, serial=serial)
     except (Ckr, DeadlinePassed, ModuleProblem, HAError, *CONNECTION_LOST) as error:
-        return str(error)
-    life.connection.close()
-    return pin_trouble(life.token.flags)
+        return _Answer(str(error))
+    try:
+        began = time.monotonic()
+        life.connection.probe(timeout=timeout)
+        took = (time.monotonic() - began) * 1000
+    except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
+        return _Answer(str(error))
+    finally:
+        life.connection.close()
+    return _Answer(pin_trouble(life.token.flags), round(took, 2))
 
 
-def _member(record: MemberRecord, journal: Journal, unreachable: str | None) -> MemberStatus:
-    owed = Counter(row.kind for row in journal.owed(record.name))
+def _member(record: MemberRecord, journal: Journal, answer: _Answer, config: MemberConfig | None) -> MemberStatus:
+    rows = journal.owed(record.name)
+    owed = Counter(row.kind for row in rows)
+    unreachable = answer.why_not
     if record.membership is not Membership.ADMITTED:
         state, reason = record.membership.value, record.reason
     elif unreachable is not None:
@@ -158,7 +204,7 @@ def _member(record: MemberRecord, journal: Journal, unreachable: str | None) -> 
         state, reason = "draining", record.reason
     else:
         state, reason = "in service", None
-    refusals = [row.reason for row in journal.owed(record.name) if row.reason]
+    refusals = [row.reason for row in rows if row.reason]
     return MemberStatus(
         name=record.name,
         serial=record.serial,
@@ -169,8 +215,11 @@ def _member(record: MemberRecord, journal: Journal, unreachable: str | None) -> 
         stale=owed[OwedKind.SET],
         pending_deletes=owed[OwedKind.DESTROY],
         unmanaged=_unmanaged(journal, record.name),
-        since=datetime.fromtimestamp(record.since, UTC).isoformat(timespec="seconds"),
+        since=_rfc3339(record.since),
         reason=reason or (refusals[0] if refusals else None),
+        site=None if config is None else config.site,
+        unanswered=sum(row.sent for row in rows),
+        latency_ms=answer.latency_ms,
     )
 
 

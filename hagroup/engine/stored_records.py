@@ -51,10 +51,21 @@ def store_record(connection: Connection, keys: DomainKeys, record: ObjectRecord,
     )
 
 
+def _contents(connection: Connection, *, timeout: float) -> Iterator[tuple[Handle, dict[int, bytes]]]:
+    """What is read of each of the group's own data objects; one that is replaced meanwhile is passed over."""
+    for handle in _find(connection, [], timeout=timeout):
+        try:
+            values, _ = connection.get(handle, [int(CKA.LABEL), int(CKA.OBJECT_ID), int(CKA.VALUE)], timeout=timeout)
+        except Ckr as error:
+            if error.rv != CKR.OBJECT_HANDLE_INVALID:
+                raise
+            continue
+        yield handle, values
+
+
 def older_records(connection: Connection, keys: DomainKeys, *, timeout: float) -> Iterator[tuple[Handle, bytes, int]]:
     """(handle, UID, revision) of records on the token that are, or whose envelope is, under keys that were replaced."""
-    for handle in _find(connection, [], timeout=timeout):
-        values, _ = connection.get(handle, [int(CKA.LABEL), int(CKA.OBJECT_ID), int(CKA.VALUE)], timeout=timeout)
+    for handle, values in _contents(connection, timeout=timeout):
         label, uid = values.get(CKA.LABEL, b"").decode(errors="replace"), values.get(CKA.OBJECT_ID, b"")
         revision = label.rpartition(":")[2]
         if not label.startswith(_LABEL) or not revision.isdecimal():
@@ -96,8 +107,7 @@ def drop_records(connection: Connection, uid: bytes, *, timeout: float, but: int
 
 def stored_records(connection: Connection, keys: DomainKeys, *, timeout: float) -> Iterator[ObjectRecord]:
     """Every authentic record on the token, in no order; older revisions too."""
-    for handle in _find(connection, [], timeout=timeout):
-        values, _ = connection.get(handle, [int(CKA.LABEL), int(CKA.OBJECT_ID), int(CKA.VALUE)], timeout=timeout)
+    for _, values in _contents(connection, timeout=timeout):
         if not values.get(CKA.LABEL, b"").startswith(_LABEL.encode()):
             continue
         try:

@@ -142,6 +142,12 @@ class Members(Opened):
             t.sql.execute("UPDATE leases SET expires = ? WHERE name = ?", (renewed.expires, lease.name))
             return renewed
 
+    def lease_held(self, name: str) -> bool:
+        statement = "SELECT owner, expires FROM leases WHERE name = ?"
+        found = self._read(lambda connection: connection.execute(statement, (name,)).fetchone())
+        owner, expires = found or (None, 0.0)
+        return owner is not None and expires > self._clock.boot() and self.owner_alive(owner)
+
     def release_lease(self, lease: Lease) -> None:
         with self._write() as t:
             try:

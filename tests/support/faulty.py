@@ -150,7 +150,7 @@ class FaultGroup:
         live = list(engine(session).journal.objects())
         wanted = [record.attributes[Attribute.LABEL].decode() for record in live]
         wanted += [f"hagroup:object:{record.uid.hex()}:{record.revision}" for record in live]
-        wanted += ["hagroup domain key", "hagroup partition key"]
+        wanted += ["hagroup domain key", "hagroup member key", "hagroup partition key"]
         for name, found in self.labels(own=True).items():
             manifests = [label for label in found if label.startswith("hagroup:manifest")]
             assert len(manifests) == 1, f"{name}: {manifests}"

@@ -33,7 +33,7 @@ from tests.support.simulation import EXPECTED, LATE_WINDOW, PIN, Client, Killed,
 
 Step = tuple[str, int, int, int]
 P256 = bytes.fromhex("06082a8648ce3d030107")
-OWN = (b"hagroup domain key", b"hagroup partition key")
+OWN = (b"hagroup domain key", b"hagroup member key", b"hagroup partition key")
 FATES = list(Fate)[1:]
 WRONG_PIN = b"9999"
 QUIET_ROUNDS = 40
