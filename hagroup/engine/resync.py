@@ -135,6 +135,7 @@ class Resync:
         if renewal.due(self._view, life):
             renewal.renew(self._journal, self._view, member, life, timeout=self._timeout)
         record = self._view.members[member.name]
+        looked_at = record.membership, record.since, self._view.group.epoch
         if record.membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
             self._haunted.add(member.name)
             cleared.sweep(self._journal, self._view, member, life, timeout=self._timeout)
@@ -148,6 +149,8 @@ class Resync:
             self._view.refresh()
             record = self._view.members[member.name]
             if record.membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
+                if looked_at != (record.membership, record.since, self._view.group.epoch):
+                    return False  # it was put out of sync meanwhile (the group was cleared): first the inventory
                 if self._admit(member, life, barrier, lease):
                     return True
             elif not self.due(member):

@@ -16,6 +16,7 @@ from hagroup.core.records import (
     Observation,
     OwedKind,
     Role,
+    Rotation,
 )
 from hagroup.journal.api import Busy, Journal, LeaseLost, NoLongerLive, StaleMembership
 from tests.support.journals import (
@@ -1046,3 +1047,104 @@ def test_threads_and_owners_at_once(journal, other):
     counts = journal.counts()
     assert counts == {"live": 0, "creating": 0, "tombstones": 90, "intents": 0, "owed": 90}
     assert len(journal.owed()) == 90
+
+
+# -- emptying, and other domain keys ---------------------------------------------------------------------------------
+
+
+def test_clear(journal, other):
+    live = [make_live(journal, "a", "b") for _ in range(3)]
+    changing = make_live(journal, "a")
+    begin_set(journal, changing, {LABEL: b"new"}, "a")
+    creating = new_object()
+    intent = begin(journal, creating)
+    before = journal.group()
+    seen = other.view_number()
+    epoch = journal.begin_clear()
+    assert epoch > before.epoch
+    assert journal.group().cleared == journal.group().epoch == epoch
+    assert {one.membership for one in journal.members()} == {Membership.OUT_OF_SYNC}
+    assert other.view_number() != seen and other.changes(0, before.epoch).everything
+    gone: list[bytes] = []
+    while some := journal.clear_some(2):
+        assert len(some) <= 2
+        gone += some
+    assert sorted(gone) == sorted(record.uid for record in [*live, changing, creating])
+    assert journal.counts() | {"owed": 0} == {"live": 0, "creating": 0, "tombstones": 5, "intents": 0, "owed": 0}
+    assert all(row.kind is DESTROY for row in journal.owed())
+    assert {row.member for row in journal.owed() if row.uid == live[0].uid} >= {"a", "b"}
+    with pytest.raises(NoLongerLive):
+        journal.go_live(intent.id, needed=1, serving=["a"])
+    with pytest.raises(ValueError, match="another object"):
+        begin(journal, new_object(uid=live[0].uid))
+
+
+def rotation_of(journal: Journal, **changed: object) -> Rotation:
+    group = journal.group()
+    fields = {
+        "domain_key_id": group.domain_key_id,
+        "partition_key_id": group.partition_key_id,
+        "reference": group.reference,
+        "sealed": False,
+        "wrapped": {"serial-c": (b"one", b"two")},
+        "former": ((group.domain_key_id, group.partition_key_id),),
+    }
+    return Rotation(**(fields | changed))
+
+
+def begin_rotation(journal: Journal, rotation: Rotation) -> None:
+    journal.begin_rotation(domain_key_id=b"new", partition_key_id=b"newer", reference=b"proof", rotation=rotation)
+
+
+def test_rotation(journal, other):
+    record = make_live(journal, "a")
+    stale, seen = revision_of(journal), other.view_number()
+    rotation = rotation_of(journal)
+    with pytest.raises(ValueError, match="not the present ones"):
+        begin_rotation(journal, rotation_of(journal, domain_key_id=b"another"))
+    begin_rotation(journal, rotation)
+    group = other.group()
+    assert (group.domain_key_id, group.partition_key_id, group.reference) == (b"new", b"newer", b"proof")
+    assert group.rotation == rotation and not group.rotation.finished
+    assert other.view_number() != seen and other.changes(group.change - 1, group.epoch).members
+    with pytest.raises(StaleMembership):  # it was sealed under the keys before
+        journal.begin_create([new_object()], asking=[], membership_revision=stale)
+    with pytest.raises(ValueError, match="not finished"):
+        begin_rotation(journal, rotation_of(journal))
+    journal.finish_rotation()
+    journal.finish_rotation()
+    assert other.group().rotation.finished and other.group().rotation.wrapped == rotation.wrapped
+    assert journal.object(record.uid).envelope == record.envelope
+    begin_rotation(journal, rotation_of(journal))
+
+
+def test_rewrap_compares_what_was_sealed_anew(journal, other):
+    record, gone = make_live(journal, "a"), make_live(journal, "a")
+    journal.destroy(gone.uid, asking=[], membership_revision=revision_of(journal))
+    seen = other.view_number()
+    good = (record.uid, record.revision, b"envelope", b"anew")
+    late = (record.uid, record.revision, b"envelope", b"too late")
+    behind = (record.uid, record.revision + 1, b"anew", b"another revision")
+    lost = (gone.uid, gone.revision, b"envelope", b"anew")
+    assert journal.rewrap([good, late, behind, lost]) == [True, False, False, False]
+    after = other.object(record.uid)
+    assert (after.envelope, after.revision) == (b"anew", record.revision)
+    assert other.view_number() != seen and record.uid in other.changes(0, other.group().epoch).uids
+    assert journal.owed("a") == [row for row in journal.owed("a") if row.uid == gone.uid]
+
+
+def test_transport_key_is_kept(journal):
+    journal.set_member_facts("a", transport=b"sealed")
+    assert {one.name: one.transport for one in journal.members()} == {"a": b"sealed", "b": b"", "c": b""}
+
+
+def test_lease_held(backend, journal, other):
+    assert not journal.lease_held("x")
+    lease = other.acquire_lease("x", ttl=5.0)
+    assert journal.lease_held("x") and other.lease_held("x")
+    backend.clock.now += 6.0
+    assert not journal.lease_held("x")
+    other.acquire_lease("x", ttl=5.0)
+    other.close()
+    assert not journal.lease_held("x"), "its owner is dead"
+    assert lease is not None

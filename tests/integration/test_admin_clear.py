@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +13,18 @@ import hagroup as pkcs11
 from hagroup import KeyType
 from tests.support import plain
 from tests.support.faulty import engine
-from tests.support.groups import PIN, GroupFixture, wait_until
+from tests.support.groups import PIN, GroupFixture, make_group, wait_until
 from tests.support.terminal import Terminal
 
 ADMIN = Path(sys.executable).with_name("ha-admin")
 
 
-def test_nothing_comes_back(new_group: Callable[..., GroupFixture]) -> None:
-    group = new_group(members=3)
+@pytest.fixture(scope="module")
+def group(fast_folder: Path) -> GroupFixture:
+    return make_group(fast_folder / "cleared", members=3)
+
+
+def test_nothing_comes_back(group: GroupFixture) -> None:
     lib = pkcs11.lib(str(group.toml))
     with lib.get_token(token_label="payments").open(rw=True, user_pin=PIN) as session:
         wait_until(lambda: len(engine(session).roster.serving()) == 3, "all serve")
@@ -67,29 +71,26 @@ def test_nothing_comes_back(new_group: Callable[..., GroupFixture]) -> None:
     assert group.admin("status").returncode == 0
 
 
-def test_what_the_journal_did_not_know_goes_too(new_group: Callable[..., GroupFixture]) -> None:
+def test_what_the_journal_did_not_know_goes_too(group: GroupFixture) -> None:
     """A journal that was behind: the group's own record beside an object tells that it was the group's."""
-    group = new_group(members=2)
     lib = pkcs11.lib(str(group.toml))
     with lib.get_token(token_label="payments").open(rw=True, user_pin=PIN) as session:
         session.generate_key(KeyType.AES, 256, store=True, label="forgotten")
         session.generate_key(KeyType.AES, 256, store=True, label="known")
         wait_until(lambda: not engine(session).journal.owed(), "all on all")
     lib.unload()
-    import sqlite3
-
     with sqlite3.connect(group.folder / "journal.db") as journal:
         (uid,) = journal.execute("SELECT uid FROM objects WHERE label = ?", (b"forgotten",)).fetchone()
         for table in ("objects", "copies", "owed"):
             journal.execute(f"DELETE FROM {table} WHERE uid = ?", (uid,))
         journal.execute("UPDATE head SET live = live - 1")
-    token = Terminal([ADMIN, "--config", group.toml, "clear"])
-    token.expect("Type its label")
-    token.send("paymnts\n")
-    assert token.end() == 2, token.text
-    token = Terminal([ADMIN, "--config", group.toml, "clear"])
-    token.expect("Type its label")
-    token.send("payments\n")
-    assert token.end() == 0, token.text
+    terminal = Terminal([ADMIN, "--config", group.toml, "clear"])
+    terminal.expect("Type its label")
+    terminal.send("paymnts\n")
+    assert terminal.end() == 2, terminal.text
+    terminal = Terminal([ADMIN, "--config", group.toml, "clear"])
+    terminal.expect("Type its label")
+    terminal.send("payments\n")
+    assert terminal.end() == 0, terminal.text
     for member in group.members.values():
         assert plain.labels(member) == []
