@@ -99,6 +99,16 @@ def group_create(
     )
 
 
+@group_app.command("show")
+def group_show(as_json: Json = False) -> None:
+    """Show what the group is: its settings, journal and members. Asks no member; `status` tells how they are."""
+    found = commands.group_facts(chosen_config())
+    if as_json:
+        print_json(found)
+    else:
+        show.facts(found)
+
+
 @app.command()
 def status(
     as_json: Json = False,

@@ -122,6 +122,26 @@ def opened_journal(config: GroupConfig) -> Iterator[Journal]:
         journal.close()
 
 
+def group_facts(path: Path) -> dict[str, object]:
+    """``group show``; fields are added, never renamed."""
+    config = load(path)
+    with opened_journal(config) as journal:
+        group, members = journal.view()
+    return {
+        "label": group.label,
+        "serial": group.serial,
+        "min_replicas": config.group.min_replicas,
+        "degraded": config.group.degraded,
+        "ha_only": config.group.ha_only,
+        "recovery_mode": config.group.recovery_mode,
+        "journal": str(config.journal.url),
+        "epoch": group.epoch,
+        "domain_key": group.domain_key_id.hex(),
+        "partition_key": group.partition_key_id.hex(),
+        "members": [member.name for member in members],
+    }
+
+
 def status(path: Path) -> group_status.Status:
     config = load(path)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -108,6 +108,13 @@ def _more(member: MemberStatus, column: str) -> str:
     if column == "unanswered":
         return str(member.unanswered)
     return "" if member.latency_ms is None else f"{member.latency_ms:.1f}"
+
+
+def facts(found: Mapping[str, object]) -> None:
+    console = _console()
+    for name, value in found.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        console.print(f"{name.replace('_', ' '):14} {text}", soft_wrap=True)
 
 
 def sync(done: Synced) -> None:

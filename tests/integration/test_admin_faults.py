@@ -29,6 +29,7 @@ from tests.support.newcomers import private
 FINE, DEGRADED, USAGE, UNREACHABLE = 0, 1, 2, 3
 
 READING = {
+    "group show": [],
     "status": [],
     "objects": [],
     "member list": [],
