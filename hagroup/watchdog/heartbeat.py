@@ -12,6 +12,7 @@ import msgspec
 from hagroup.core.attributes import CKA
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.records import LoginState, Membership
+from hagroup.core.states import State
 from hagroup.core.watch import ALARMS, Noted, Seen, Sight, Told
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.member import Life, Member
@@ -33,6 +34,14 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     """Class of what went wrong, for counting."""
     seconds: float = 0.0
     free_memory: int | None = None
+    total_memory: int | None = None
+
+    @property
+    def room(self) -> float | None:
+        """Share of the token's memory that is free; None: it does not tell."""
+        if self.free_memory is None or self.total_memory is None:
+            return None
+        return self.free_memory / self.total_memory
 
 
 class Heart:
@@ -94,7 +103,13 @@ class Heart:
             self._engine.roster.lost(member, life, f"heartbeat: {error}")
             return Beat(ok=False, reason=str(error), error=type(error).__name__)
         seconds = time.monotonic() - begun
-        return Beat(ok=True, level=level, seconds=seconds, free_memory=token.free_private_memory)
+        return Beat(
+            ok=True,
+            level=level,
+            seconds=seconds,
+            free_memory=token.free_private_memory,
+            total_memory=token.total_private_memory,
+        )
 
     @staticmethod
     def _logged_in(life: Life, timeout: float) -> str:
@@ -108,9 +123,12 @@ class Heart:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def look(engine: GroupEngine, journal: Journal, beats: Mapping[str, Beat], told: Told) -> Sight:
+def look(
+    engine: GroupEngine, journal: Journal, beats: Mapping[str, Beat], told: Told, *, log_broken: str | None = None
+) -> Sight:
     """Put the heartbeats and the journal's knowledge together.
 
+    :param log_broken: what the last check of the event log found.
     :raises JournalUnavailable: see :func:`look_offline`.
     """
     engine.follow()
@@ -131,7 +149,7 @@ def look(engine: GroupEngine, journal: Journal, beats: Mapping[str, Beat], told:
                 pin_refused=refused.get(seen.name),
             )
         )
-    return _sight(engine, tuple(members), journal=True, noted=noted, newest=newest)
+    return _sight(engine, tuple(members), journal=True, noted=noted, newest=newest, log_broken=log_broken)
 
 
 def look_offline(engine: GroupEngine, beats: Mapping[str, Beat], told: Told) -> Sight:
@@ -153,7 +171,13 @@ def _noted(journal: Journal, since: int) -> tuple[Noted, ...]:
 
 
 def _sight(
-    engine: GroupEngine, members: tuple[Seen, ...], *, journal: bool, noted: tuple[Noted, ...] = (), newest: int = 0
+    engine: GroupEngine,
+    members: tuple[Seen, ...],
+    *,
+    journal: bool,
+    noted: tuple[Noted, ...] = (),
+    newest: int = 0,
+    log_broken: str | None = None,
 ) -> Sight:
     return Sight(
         group=engine.label,
@@ -164,6 +188,7 @@ def _sight(
         members=members,
         noted=noted,
         newest=newest,
+        log_broken=log_broken,
     )
 
 
@@ -190,6 +215,8 @@ def _members(engine: GroupEngine, beats: Mapping[str, Beat]) -> list[Seen]:
                 attempts=member.failures,
                 given_up=math.isinf(member.next_attempt),
                 pin=member.config.pin is not None,
+                starting=member.life is None and member.state in (State.JOINING, State.PROBING) and not member.failures,
+                room=beat.room,
             )
         )
     return found
