@@ -18,6 +18,7 @@ from hagroup.engine.group import GroupEngine
 from hagroup.engine.member import Life, Member
 from hagroup.engine.roster import CONNECTION_LOST
 from hagroup.journal.api import Journal
+from hagroup.watchdog.signing import Signing
 
 _GRACE = 0.5
 """Seconds beyond the probe timeout after which a heartbeat is not waited for: a module in this process can hang."""
@@ -28,7 +29,8 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
 
     ok: bool
     level: str = "none"
-    """How far it got: ``none``, ``token`` (token information and a random number) or ``keys`` (logged in)."""
+    """How far it got: ``none``, ``token`` (token information and a random number), ``keys`` (logged in) or
+    ``signature`` (with a key of its own)."""
     reason: str | None = None
     error: str | None = None
     """Class of what went wrong, for counting."""
@@ -52,6 +54,7 @@ class Heart:
         self._pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="heartbeat")
         self._running: dict[str, Future[Beat]] = {}
         self._missed: dict[str, int] = {}
+        self._signing = Signing()
 
     def beat(self) -> dict[str, Beat]:
         """One heartbeat of every member; returns within the probe timeout and a little."""
@@ -93,7 +96,7 @@ class Heart:
                 why = f"shows serial number {token.serial}, not {life.token.serial}: another token"
                 self._engine.roster.quarantine(member, why)
                 return Beat(ok=False, reason=why, error="OtherToken")
-            level = self._logged_in(life, timeout)
+            level = self._logged_in(member.name, life, timeout)
         except DeadlinePassed as error:
             return Beat(ok=False, reason=str(error), error="DeadlinePassed", seconds=time.monotonic() - begun)
         except Ckr as error:
@@ -111,13 +114,12 @@ class Heart:
             total_memory=token.total_private_memory,
         )
 
-    @staticmethod
-    def _logged_in(life: Life, timeout: float) -> str:
+    def _logged_in(self, name: str, life: Life, timeout: float) -> str:
         """The domain's keys are private objects: who is not logged in (any more) cannot read of them."""
         if life.keys is None:
             return "token"
         life.connection.get(life.keys.partition, [CKA.CLASS], timeout=timeout)
-        return "keys"
+        return "signature" if self._signing.sign(name, life, timeout=timeout) else "keys"
 
     def stop(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
