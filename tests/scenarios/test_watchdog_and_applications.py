@@ -138,7 +138,7 @@ def test_a_token_that_is_just_going_away_has_lost_nothing(group: GroupFixture) -
         engine.replicator.proves = lambda member, uid: False
 
         def gone(*arguments: object, **options: object) -> None:
-            raise Ckr(0x82)
+            raise Ckr(0x82, "C_GetAttributeValue")
 
         member.life.connection.get = gone
         engine.supervisor._prove(member, uid)
@@ -154,7 +154,7 @@ PHASES = (
     "before observe", "after observe", "before remember", "after remember", "before tell", "after tell",
     "after publish", "before renew_lease", "after renew_lease", "before release_lease",
 )  # fmt: skip
-SAMPLE = ("after acquire_lease", "after observe", "before remember", "after remember", "after tell")
+SAMPLE = ("after observe", "before remember", "after remember", "after tell")
 DYING = r"""
 import os, signal, sys
 from pathlib import Path
