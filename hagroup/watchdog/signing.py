@@ -7,12 +7,12 @@ no crash leaves it behind, and it needs neither a lease nor bookkeeping.
 from __future__ import annotations
 
 from hagroup.core.attributes import CKA, pack_bool, pack_ulong
-from hagroup.core.calls import Ckr, Handle
+from hagroup.core.calls import Ckr, Handle, Template
 from hagroup.core.ckr import CKR
 from hagroup.core.numbers import CKK, CKM, CKO
 from hagroup.engine.member import Life
 
-_KEY = [
+_KEY: Template = [
     (CKA.CLASS, pack_ulong(CKO.SECRET_KEY)),
     (CKA.KEY_TYPE, pack_ulong(CKK.GENERIC_SECRET)),
     (CKA.TOKEN, pack_bool(False)),
