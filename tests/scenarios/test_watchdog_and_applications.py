@@ -117,7 +117,7 @@ def test_the_heartbeat_signs_and_leaves_nothing_on_the_token(group: GroupFixture
         watch.run()
     shown = group.admin("status").stdout
     assert "a watchdog tells a failure within 2 s (0.8 s x 2 + 0.4 s)" in shown
-    assert group.status()["watchdog"]["detection_bound"] == 2.0
+    assert group.status()["detection"]["detection_bound"] == 2.0
 
 
 def test_a_token_that_is_just_going_away_has_lost_nothing(group: GroupFixture) -> None:
