@@ -58,6 +58,11 @@ def status(found: Status) -> None:
     if found.journal.reason:
         console.print(found.journal.reason, style="red")
     console.print(f"{found.objects} objects, {found.tombstones} tombstones")
+    if (watch := found.detection) is not None:
+        console.print(
+            f"a watchdog tells a failure within {watch.detection_bound:g} s "
+            f"({watch.interval:g} s x {watch.threshold} + {watch.probe:g} s)"
+        )
     console.print()
     more = _more_columns(found)
     lines = _table("member", "serial", "role", "state", "missing", "stale", "delete", "unmanaged", *more)

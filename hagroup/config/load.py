@@ -132,6 +132,7 @@ def _read_group(table: Table, members: tuple[MemberConfig, ...]) -> GroupSection
         ha_only=table.flag("ha_only", True),
         recovery_mode=table.choice("recovery_mode", get_args(RecoveryMode), "enhanced"),
         replay_limit=_read_size(table, "replay_limit", GroupSection(label=label).replay_limit),
+        site=table.name("site"),
     )
 
 

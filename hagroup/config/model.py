@@ -65,6 +65,8 @@ class GroupSection(msgspec.Struct, frozen=True, kw_only=True):
     recovery_mode: RecoveryMode = "enhanced"
     replay_limit: int = 16 * MIB
     """Bytes of multi-part input kept so that it can be replayed on another member."""
+    site: str | None = None
+    """Where this host is: the word of a watchdog of the same site is enough for its applications."""
 
 
 class JournalSection(msgspec.Struct, frozen=True, kw_only=True):

@@ -52,6 +52,7 @@ def render(config: GroupConfig) -> str:
                 "enhanced: log in again by itself; basic: do not keep the PIN",
             ),
             ("replay_limit", _size(group.replay_limit), "multi-part input kept for a replay on another member"),
+            ("site", group.site and _text(group.site), "where this host is"),
         ),
         _journal(config.journal, config.folder),
         _section(

@@ -287,6 +287,14 @@ class GroupRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Everything new is sealed under ``domain_key_id`` and ``partition_key_id`` from the moment it is recorded."""
 
 
+OBJECT_MISSING = "object missing"
+OBJECT_REAPPEARED = "object reappeared"
+"""Kinds of journal events: a member lost an object; a member shows one again that was destroyed."""
+
+WATCHDOG = "heartbeat"
+"""``Observation.kind`` of what the active watchdog sees."""
+
+
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """What one process saw of one member (DESIGN.md 4.5): never a verdict."""
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 import msgspec
 
-from hagroup.core.records import Membership, Role
+from hagroup.core.records import OBJECT_MISSING, OBJECT_REAPPEARED, Membership, Role
 
 
 class Kind(StrEnum):
@@ -36,6 +36,11 @@ class Kind(StrEnum):
     SERVING_AGAIN = "group serves again"
     JOURNAL_UNREACHABLE = "journal unreachable"
     JOURNAL_BACK = "journal back"
+    TOKEN_NEARLY_FULL = "token nearly full"
+    TOKEN_HAS_ROOM = "token has room again"
+    EVENT_LOG_BROKEN = "event log broken"
+    EVENT_LOG_WHOLE = "event log whole again"
+    KEY_REAPPEARED = "tombstoned key reappeared"
     ALARM = "alarm"
 
 
@@ -48,14 +53,29 @@ GOOD = frozenset(
         Kind.MIN_REPLICAS_REACHED,
         Kind.SERVING_AGAIN,
         Kind.JOURNAL_BACK,
+        Kind.TOKEN_HAS_ROOM,
+        Kind.EVENT_LOG_WHOLE,
     }
 )
-GRAVE = frozenset({Kind.ALL_LOST, Kind.ALARM, Kind.MEMBER_QUARANTINED, Kind.PIN_REFUSED, Kind.JOURNAL_UNREACHABLE})
+GRAVE = frozenset(
+    {
+        Kind.ALL_LOST,
+        Kind.ALARM,
+        Kind.KEY_REAPPEARED,
+        Kind.MEMBER_QUARANTINED,
+        Kind.PIN_REFUSED,
+        Kind.JOURNAL_UNREACHABLE,
+        Kind.EVENT_LOG_BROKEN,
+    }
+)
 LOG_ONLY = frozenset({Kind.RECOVERY_FAILED})
 """One for each attempt and not for each change: for the log, not for hook and webhook."""
 
-ALARMS = ("alarm", "object missing")
-"""Kinds of journal events that people must hear of."""
+ALARMS = {"alarm": Kind.ALARM, OBJECT_MISSING: Kind.ALARM, OBJECT_REAPPEARED: Kind.KEY_REAPPEARED}
+"""Kinds of journal events that people must hear of, and as what they are told."""
+NEARLY_FULL, ROOM = 0.1, 0.15
+"""Shares of a token's memory: less than the first free is told; more than the second has to be free before that is
+over, so that one object more or less is not told again and again."""
 
 
 class Noted(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +113,10 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """It is logged in, or there is a PIN to log in with."""
     pin_refused: str | None = None
     """Names the refused PIN source in its present state; None: none is refused."""
+    starting: bool = False
+    """The engine connects to it for the first time: neither here nor gone."""
+    room: float | None = None
+    """Share of its token's memory that is free; None: not known now."""
 
 
 class Sight(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +133,8 @@ class Sight(msgspec.Struct, frozen=True, kw_only=True):
     """What the journal's event log got since ``Told.noted``."""
     newest: int = 0
     """Number of the newest journal event."""
+    log_broken: str | None = None
+    """What is wrong with the journal's event log, as of the last check; None: nothing is."""
 
 
 class MemberTold(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +152,7 @@ class MemberTold(msgspec.Struct, frozen=True, kw_only=True):
     counted: int = 0
     """The engine's count that they correspond to."""
     oldest_owed: int | None = None
+    full: bool = False
 
 
 class WatchEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +182,7 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     degraded: bool = False
     below: bool = False
     lost: bool = False
+    log_broken: bool = False
     members: dict[str, MemberTold] = {}
     undelivered: tuple[WatchEvent, ...] = ()
     """Events of which it is not known that hook and webhook have them: a successor gives them once more."""
@@ -220,6 +248,7 @@ def decide(told: Told, sight: Sight, now: float) -> tuple[Told, list[WatchEvent]
             out.add(Kind.JOURNAL_BACK, "the journal can be reached again")
         else:
             out.add(Kind.JOURNAL_UNREACHABLE, "the journal cannot be reached: nothing can be changed or repaired")
+    log_broken = _event_log(told, sight, out)
     members = {
         seen.name: _member(told.members.get(seen.name, MemberTold()), seen, sight, out) for seen in sight.members
     }
@@ -233,10 +262,21 @@ def decide(told: Told, sight: Sight, now: float) -> tuple[Told, list[WatchEvent]
         degraded=degraded,
         below=below,
         lost=lost,
+        log_broken=log_broken,
         members=members,
         undelivered=told.undelivered,
     )
     return after, out.events
+
+
+def _event_log(told: Told, sight: Sight, out: _Events) -> bool:
+    if not sight.journal:
+        return told.log_broken
+    if sight.log_broken is not None and not told.log_broken:
+        out.add(Kind.EVENT_LOG_BROKEN, f"the event log of group {sight.group} is broken: {sight.log_broken}")
+    elif sight.log_broken is None and told.log_broken:
+        out.add(Kind.EVENT_LOG_WHOLE, f"the event log of group {sight.group} is whole again")
+    return sight.log_broken is not None
 
 
 def _member(told: MemberTold, seen: Seen, sight: Sight, out: _Events) -> MemberTold:
@@ -252,7 +292,7 @@ def _member(told: MemberTold, seen: Seen, sight: Sight, out: _Events) -> MemberT
     elif told.quarantined and not quarantined:
         out.add(Kind.MEMBER_RELEASED, f"member {seen.name} is no longer quarantined", seen)
     told = msgspec.structs.replace(told, quarantined=quarantined, pin_refused=seen.pin_refused)
-    told = _no_pin(told, seen, out)
+    told = _room(_no_pin(told, seen, out), seen, out)
     if not quarantined:
         told = _alive(told, seen, sight, out)
     return _sync(told, seen, sight, out)
@@ -264,7 +304,20 @@ def _no_pin(told: MemberTold, seen: Seen, out: _Events) -> MemberTold:
     return msgspec.structs.replace(told, no_pin=not seen.pin)
 
 
+def _room(told: MemberTold, seen: Seen, out: _Events) -> MemberTold:
+    if seen.room is None:
+        return told
+    full = seen.room < (ROOM if told.full else NEARLY_FULL)
+    if full and not told.full:
+        out.add(Kind.TOKEN_NEARLY_FULL, f"member {seen.name}: {seen.room:.0%} of its token's memory is free", seen)
+    elif told.full and not full:
+        out.add(Kind.TOKEN_HAS_ROOM, f"member {seen.name}: {seen.room:.0%} of its token's memory is free again", seen)
+    return msgspec.structs.replace(told, full=full)
+
+
 def _alive(told: MemberTold, seen: Seen, sight: Sight, out: _Events) -> MemberTold:
+    if seen.starting and not told.failed:
+        return told
     missed = 0 if seen.ok else told.missed + 1
     if not told.failed:
         if missed < sight.threshold:
@@ -315,7 +368,7 @@ def _noted(told: Told, sight: Sight, out: _Events) -> int | None:
     for event in sight.noted:
         if event.number > told.noted and event.kind in ALARMS:
             member = None if event.member is None else by_name.get(event.member)
-            out.add(Kind.ALARM, f"{event.member or sight.group}: {event.text}", member)
+            out.add(ALARMS[event.kind], f"{event.member or sight.group}: {event.text}", member)
     return max(told.noted, sight.newest)
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import msgspec
 
-from hagroup.core.records import ObjectState, OwedKind
+from hagroup.core.records import Event, ObjectState, OwedKind
 from hagroup.journal.api import Journal
 
 _EVERYTHING = 2**31
@@ -24,16 +24,29 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
     problems: list[str]
 
 
+def broken_events(events: list[Event]) -> list[str]:
+    """What is wrong with the event log, in one sentence each: numbers that are missing."""
+    return [
+        f"event {before.number + 1} is missing: {after.number} follows {before.number}"
+        for before, after in pairwise(events)
+        if after.number != before.number + 1
+    ]
+
+
+def event_log(journal: Journal) -> list[str]:
+    """The watchdog's question: what is wrong with the event log as a whole, now.
+
+    :raises JournalUnavailable: it cannot be read.
+    """
+    return broken_events(journal.events(limit=_EVERYTHING))
+
+
 def check(journal: Journal) -> Checked:
     """A running application may change the journal meanwhile: what it just did is looked at again."""
     problems: list[str] = []
     names = {member.name for member in journal.members()}
     events = journal.events(limit=_EVERYTHING)
-    problems += [
-        f"event {before.number + 1} is missing: {after.number} follows {before.number}"
-        for before, after in pairwise(events)
-        if after.number != before.number + 1
-    ]
+    problems += broken_events(events)
     objects = {record.uid: record for record in journal.objects()}
     tombstones = {tombstone.uid for tombstone in journal.tombstones()}
     for uid, record in objects.items():

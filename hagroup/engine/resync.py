@@ -319,7 +319,8 @@ class Resync:
             self.inventory(member, life)
             return
         rows = recent.missing_of(self._journal, member, life, uids, timeout=self._timeout)
-        if rows and self.we_are_current(member):
+        if rows and self._roster.is_still_whole(member, life) and self.we_are_current(member):
+            recent.report(self._journal, member.name, rows)
             self._journal.owe(rows, reason=None)
 
     # -- inventory -----------------------------------------------------------------------------------------
@@ -354,6 +355,9 @@ class Resync:
                 life, tombstone, strangers
             ):
                 rows.append((member.name, tombstone.uid, OwedKind.DESTROY))
+        back = [row for row in rows if row[2] is OwedKind.DESTROY]
+        if back:
+            recent.report(self._journal, member.name, back)
         for start in range(0, len(rows), 500):
             self._journal.owe(rows[start : start + 500], reason=None)
         log.info("member.inventory", member=member.name, objects=len(entries), owed=len(rows))

@@ -14,6 +14,7 @@ from hagroup.config.load import load
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig, MemberConfig
 from hagroup.config.pins import Pin
+from hagroup.core.attributes import CKA
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone, StaleGeneration, WorkerFault
 from hagroup.core.ckr import CKR
 from hagroup.core.clock import Clock
@@ -105,7 +106,7 @@ class Roster:
         self.clock = clock
         self.pins = PinStore(keep=config.group.recovery_mode == "enhanced")
         self._events_seen = max((event.number for event in journal.events(limit=1)), default=0)
-        self.site: str | None = None
+        self.site = config.group.site
         self.members: dict[str, Member] = {}
         self.tasks = self._workers()
         self._running: set[Future[Any]] = set()
@@ -357,6 +358,18 @@ class Roster:
                 member.rest_until = self.clock.boot() + min(pause, _LONGEST_REST)
             self.changed.notify_all()
         return True
+
+    def is_still_whole(self, member: Member, life: Life) -> bool:
+        """Something was not found: is the token there at all? One that is just going away first answers searches with
+        nothing, and only then with errors; it cannot read of the domain's keys any more either."""
+        if member.life is not life or life.keys is None or not self.probe(member, life, stalled=False):
+            return False
+        try:
+            life.connection.get(life.keys.partition, [CKA.CLASS], timeout=self.config.timeouts.probe)
+        except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
+            self.lost(member, life, f"it does not have the domain's keys now: {error}")
+            return False
+        return member.life is life
 
     def quarantine(self, member: Member, why: str) -> None:
         """Out of use in the whole group until a person acts (``ha-admin member resume``)."""

@@ -13,6 +13,7 @@ import msgspec
 from hagroup.config.model import GroupConfig, MemberConfig
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.records import MemberRecord, Membership, OwedKind
+from hagroup.core.watch import detection_bound
 from hagroup.engine.login import pin_trouble
 from hagroup.engine.roster import CONNECTION_LOST, open_life
 from hagroup.engine.verify import UNMANAGED_COUNTED
@@ -69,6 +70,16 @@ class LastEvent(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
+class Detection(msgspec.Struct, frozen=True, kw_only=True):
+    """How soon a failure is told where a watchdog runs with this configuration; all in seconds but ``threshold``."""
+
+    interval: float
+    threshold: int
+    probe: float
+    detection_bound: float
+    """``interval`` times ``threshold`` and ``probe``."""
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The document that ``ha-admin status --json`` prints; fields are added, never renamed."""
 
@@ -77,6 +88,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     objects: int
     tombstones: int
     journal: JournalStatus
+    detection: Detection | None = None
     watchdog: bool | None = None
     """Whether one watches this group now; None: not known without the journal."""
     events: list[LastEvent] = []
@@ -129,6 +141,7 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
             for event in journal.events(limit=50)
             if event.kind != UNMANAGED_COUNTED and event.text
         ][-_EVENTS:],
+        detection=_detection(config),
     )
 
 
@@ -171,6 +184,17 @@ def without_journal(config: GroupConfig, why: str) -> Status:
         objects=0,
         tombstones=0,
         journal=JournalStatus(url=str(config.journal.url), ok=False, reason=why),
+        detection=_detection(config),
+    )
+
+
+def _detection(config: GroupConfig) -> Detection:
+    section, probe = config.watchdog, config.timeouts.probe
+    return Detection(
+        interval=section.interval,
+        threshold=section.threshold,
+        probe=probe,
+        detection_bound=detection_bound(section.interval, section.threshold, probe),
     )
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 
 from hagroup.config.logging import get_logger
 from hagroup.core.clock import Clock
-from hagroup.core.records import Membership, Observation, OwedKind
+from hagroup.core.records import OBJECT_MISSING, WATCHDOG, Membership, Observation, OwedKind
 from hagroup.core.states import State
-from hagroup.engine.member import Member
+from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Replicator
 from hagroup.engine.resync import Resync
 from hagroup.engine.roster import START_TIMEOUT, Roster
@@ -25,19 +25,28 @@ log = get_logger(__name__)
 
 TICK = 1.0
 """Seconds between looks when nothing happens."""
-HEARTBEAT = 5.0
-"""Seconds for which an own success with a member outweighs what others saw of it."""
 WITNESSES = 2
 """So many other processes must have seen a member fail before this one looks for itself."""
 
 
-def doubted(observations: Iterable[Observation], own: str, alive: Callable[[str], bool]) -> dict[str, float]:
-    """Members that enough other living processes saw fail, and since when they are enough (boot time)."""
+def doubted(
+    observations: Iterable[Observation], own: str, alive: Callable[[str], bool], *, site: str | None = None
+) -> dict[str, float]:
+    """Members that enough other living processes saw fail, and since when they are enough (boot time).
+
+    :param site: where this process is: the word of a watchdog of the same site is enough alone.
+    """
     seen: dict[str, list[float]] = {}
+    since: dict[str, float] = {}
     for one in observations:
         if not one.ok and one.observer != own and alive(one.observer):
             seen.setdefault(one.member, []).append(one.boot_time)
-    return {name: sorted(times)[-WITNESSES] for name, times in seen.items() if len(times) >= WITNESSES}
+            if one.kind == WATCHDOG and one.site == site:
+                since[one.member] = max(one.boot_time, since.get(one.member, 0.0))
+    for name, times in seen.items():
+        if len(times) >= WITNESSES:
+            since[name] = max(sorted(times)[-WITNESSES], since.get(name, 0.0))
+    return since
 
 
 class Supervisor:
@@ -124,8 +133,10 @@ class Supervisor:
         number = self._journal.view_number()
         if number != self._observed:
             self._observed = number
-            self._doubted = doubted(self._journal.observations(), self._journal.owner, self._journal.owner_alive)
+            found, own = self._journal.observations(), self._journal.owner
+            self._doubted = doubted(found, own, self._journal.owner_alive, site=self._roster.site)
         now = self._clock.boot()
+        heartbeat = self._roster.config.watchdog.interval  # for so long an own success outweighs what others saw
         for member in list(self._roster.members.values()):
             answers, life = member.answers, member.life
             if answers != self._answers.get(member.name):
@@ -133,7 +144,7 @@ class Supervisor:
                 member.last_success = now
             if life is None or member.state is not State.IN_SERVICE:
                 continue
-            if member.last_success < min(self._doubted.get(member.name, 0.0), now - HEARTBEAT):
+            if member.last_success < min(self._doubted.get(member.name, 0.0), now - heartbeat):
                 log.info("member.doubted", member=member.name)
                 self._roster.timed_out(member, life, stalled=False)
 
@@ -224,17 +235,20 @@ class Supervisor:
         self._roster.submit(self._prove, member, uid)
 
     def _look_for(self, member: Member, uid: bytes) -> None:
-        if self._replicator.lacks(member, uid):
-            self._repair(member, uid)
+        life = member.life
+        if life is not None and self._replicator.lacks(member, uid):
+            self._repair(member, life, uid)
 
-    def _repair(self, member: Member, uid: bytes) -> None:
-        if self.resync.we_are_current(member):
-            self._journal.event("object missing", "a member lost an object: it is made anew there", member=member.name)
+    def _repair(self, member: Member, life: Life, uid: bytes) -> None:
+        """:param life: of before the search that found nothing."""
+        if self._roster.is_still_whole(member, life) and self.resync.we_are_current(member):
+            self._journal.event(OBJECT_MISSING, "a member lost an object: it is made anew there", member=member.name)
             self._journal.owe([(member.name, uid, OwedKind.INSTALL)], reason=None)
             self.wake()
 
     def _prove(self, member: Member, uid: bytes) -> None:
-        if self._view.members[member.name].membership is Membership.ADMITTED and not self._replicator.proves(
-            member, uid
-        ):
-            self._repair(member, uid)
+        life = member.life
+        if life is None or self._view.members[member.name].membership is not Membership.ADMITTED:
+            return
+        if not self._replicator.proves(member, uid):
+            self._repair(member, life, uid)

@@ -29,6 +29,8 @@ class TokenInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_pin_len: int
     free_private_memory: int | None
     """None where the token does not tell (CK_UNAVAILABLE_INFORMATION)."""
+    total_private_memory: int | None = None
+    """None where it does not tell, or does not limit it."""
 
 
 class ModuleInfo(msgspec.Struct, frozen=True, kw_only=True):

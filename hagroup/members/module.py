@@ -161,7 +161,7 @@ class Module:
     def _token_info(self, slot_id: int) -> TokenInfo:
         info = CkTokenInfo()
         self.cryptoki.C_GetTokenInfo(slot_id, ctypes.byref(info))
-        free = info.ulFreePrivateMemory
+        free, total = info.ulFreePrivateMemory, info.ulTotalPrivateMemory
         return TokenInfo(
             label=text(info.label),
             manufacturer=text(info.manufacturerID),
@@ -173,6 +173,7 @@ class Module:
             min_pin_len=info.ulMinPinLen,
             max_pin_len=info.ulMaxPinLen,
             free_private_memory=None if free == CK_UNAVAILABLE_INFORMATION else free,
+            total_private_memory=None if total == CK_UNAVAILABLE_INFORMATION else total or None,
         )
 
     def mechanisms(self) -> dict[int, MechanismInfo]:

@@ -21,7 +21,7 @@ from hagroup.config.load import load
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig
 from hagroup.core.clock import Clock
-from hagroup.core.records import Lease, Observation
+from hagroup.core.records import WATCHDOG, Lease, Observation
 from hagroup.core.watch import (
     LOG_ONLY,
     Sight,
@@ -32,6 +32,7 @@ from hagroup.core.watch import (
     lease_time,
     pause_before,
 )
+from hagroup.engine import consistency
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.status import Status, gather
 from hagroup.errors import ConfigurationError, HAError, JournalUnavailable
@@ -45,6 +46,8 @@ from hagroup.watchdog.verify import Verified, Verifier
 
 log = get_logger(__name__)
 
+_EVENT_LOG_CHECK = 300.0
+"""Seconds between checks of the whole event log; the first is made on becoming the active one."""
 _DELIVERY = 0.1
 """Seconds between looks at what hook and webhook took."""
 
@@ -106,6 +109,8 @@ class GroupWatch:
         """``_told`` is newer than what the journal has."""
         self._teller = _teller(self.config)
         self._events: list[WatchEvent] = []
+        self._log_broken: str | None = None
+        self._log_check_due = 0.0
         self._trouble: str | None = None
         self._was_active: bool | None = None
 
@@ -228,6 +233,7 @@ class GroupWatch:
         )
         self._engine, self._heart = engine, Heart(engine)
         self._told = recall(self._journal)
+        self._log_check_due = 0.0
         for event in self._told.undelivered:  # the one before may not have come to it
             self._teller.tell(event)
         engine.roster.wait_for_change(self._ttl / 2, lambda: not engine.roster.may_come())
@@ -263,7 +269,8 @@ class GroupWatch:
             if blind:
                 raise JournalUnavailable("the lease could not be renewed")
             self._observe(beats)
-            sight = look(engine, self._journal, beats, self._told)
+            self._check_event_log()
+            sight = look(engine, self._journal, beats, self._told, log_broken=self._log_broken)
         except JournalUnavailable:
             sight = look_offline(engine, beats, self._told)
         told, events = decide(self._told, sight, self.clock.wall())
@@ -273,6 +280,12 @@ class GroupWatch:
         self._tell(told, events, sight)
         self._publish(self._describe(engine, sight, beats))
 
+    def _check_event_log(self) -> None:
+        assert self._journal is not None
+        if self.clock.boot() >= self._log_check_due:
+            self._log_broken = next(iter(consistency.event_log(self._journal)), None)
+            self._log_check_due = self.clock.boot() + _EVENT_LOG_CHECK
+
     def _observe(self, beats: dict[str, Beat]) -> None:
         assert self._journal is not None
         now = self.clock.boot()
@@ -281,9 +294,9 @@ class GroupWatch:
                 Observation(
                     member=name,
                     observer=self._journal.owner,
-                    site=None,
+                    site=self.config.group.site,
                     ok=beat.ok,
-                    kind="heartbeat",
+                    kind=WATCHDOG,
                     boot_time=now,
                 )
                 for name, beat in beats.items()

@@ -12,11 +12,13 @@ import msgspec
 from hagroup.core.attributes import CKA
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.records import LoginState, Membership
+from hagroup.core.states import State
 from hagroup.core.watch import ALARMS, Noted, Seen, Sight, Told
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.member import Life, Member
 from hagroup.engine.roster import CONNECTION_LOST
 from hagroup.journal.api import Journal
+from hagroup.watchdog.signing import Signing
 
 _GRACE = 0.5
 """Seconds beyond the probe timeout after which a heartbeat is not waited for: a module in this process can hang."""
@@ -27,12 +29,21 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
 
     ok: bool
     level: str = "none"
-    """How far it got: ``none``, ``token`` (token information and a random number) or ``keys`` (logged in)."""
+    """How far it got: ``none``, ``token`` (token information and a random number), ``keys`` (logged in) or
+    ``signature`` (with a key of its own)."""
     reason: str | None = None
     error: str | None = None
     """Class of what went wrong, for counting."""
     seconds: float = 0.0
     free_memory: int | None = None
+    total_memory: int | None = None
+
+    @property
+    def room(self) -> float | None:
+        """Share of the token's memory that is free; None: it does not tell."""
+        if self.free_memory is None or self.total_memory is None:
+            return None
+        return self.free_memory / self.total_memory
 
 
 class Heart:
@@ -43,6 +54,7 @@ class Heart:
         self._pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="heartbeat")
         self._running: dict[str, Future[Beat]] = {}
         self._missed: dict[str, int] = {}
+        self._signing = Signing()
 
     def beat(self) -> dict[str, Beat]:
         """One heartbeat of every member; returns within the probe timeout and a little."""
@@ -84,7 +96,7 @@ class Heart:
                 why = f"shows serial number {token.serial}, not {life.token.serial}: another token"
                 self._engine.roster.quarantine(member, why)
                 return Beat(ok=False, reason=why, error="OtherToken")
-            level = self._logged_in(life, timeout)
+            level = self._logged_in(member.name, life, timeout)
         except DeadlinePassed as error:
             return Beat(ok=False, reason=str(error), error="DeadlinePassed", seconds=time.monotonic() - begun)
         except Ckr as error:
@@ -94,23 +106,31 @@ class Heart:
             self._engine.roster.lost(member, life, f"heartbeat: {error}")
             return Beat(ok=False, reason=str(error), error=type(error).__name__)
         seconds = time.monotonic() - begun
-        return Beat(ok=True, level=level, seconds=seconds, free_memory=token.free_private_memory)
+        return Beat(
+            ok=True,
+            level=level,
+            seconds=seconds,
+            free_memory=token.free_private_memory,
+            total_memory=token.total_private_memory,
+        )
 
-    @staticmethod
-    def _logged_in(life: Life, timeout: float) -> str:
+    def _logged_in(self, name: str, life: Life, timeout: float) -> str:
         """The domain's keys are private objects: who is not logged in (any more) cannot read of them."""
         if life.keys is None:
             return "token"
         life.connection.get(life.keys.partition, [CKA.CLASS], timeout=timeout)
-        return "keys"
+        return "signature" if self._signing.sign(name, life, timeout=timeout) else "keys"
 
     def stop(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def look(engine: GroupEngine, journal: Journal, beats: Mapping[str, Beat], told: Told) -> Sight:
+def look(
+    engine: GroupEngine, journal: Journal, beats: Mapping[str, Beat], told: Told, *, log_broken: str | None = None
+) -> Sight:
     """Put the heartbeats and the journal's knowledge together.
 
+    :param log_broken: what the last check of the event log found.
     :raises JournalUnavailable: see :func:`look_offline`.
     """
     engine.follow()
@@ -131,7 +151,7 @@ def look(engine: GroupEngine, journal: Journal, beats: Mapping[str, Beat], told:
                 pin_refused=refused.get(seen.name),
             )
         )
-    return _sight(engine, tuple(members), journal=True, noted=noted, newest=newest)
+    return _sight(engine, tuple(members), journal=True, noted=noted, newest=newest, log_broken=log_broken)
 
 
 def look_offline(engine: GroupEngine, beats: Mapping[str, Beat], told: Told) -> Sight:
@@ -153,7 +173,13 @@ def _noted(journal: Journal, since: int) -> tuple[Noted, ...]:
 
 
 def _sight(
-    engine: GroupEngine, members: tuple[Seen, ...], *, journal: bool, noted: tuple[Noted, ...] = (), newest: int = 0
+    engine: GroupEngine,
+    members: tuple[Seen, ...],
+    *,
+    journal: bool,
+    noted: tuple[Noted, ...] = (),
+    newest: int = 0,
+    log_broken: str | None = None,
 ) -> Sight:
     return Sight(
         group=engine.label,
@@ -164,6 +190,7 @@ def _sight(
         members=members,
         noted=noted,
         newest=newest,
+        log_broken=log_broken,
     )
 
 
@@ -190,6 +217,8 @@ def _members(engine: GroupEngine, beats: Mapping[str, Beat]) -> list[Seen]:
                 attempts=member.failures,
                 given_up=math.isinf(member.next_attempt),
                 pin=member.config.pin is not None,
+                starting=member.life is None and member.state in (State.JOINING, State.PROBING) and not member.failures,
+                room=beat.room,
             )
         )
     return found

@@ -62,7 +62,8 @@ def _shown(report: Report) -> dict[str, Any]:
     for member in found.get("members", []):
         beat = report.beats.get(member["name"])
         member["heartbeat"] = None if beat is None else msgspec.to_builtins(beat)
-    found["watchdog"] = {"active": report.active, "detection_bound": report.bound, "time": report.time}
+    bound = found.get("detection") or {}
+    found["watchdog"] = {**bound, "active": report.active, "detection_bound": report.bound, "time": report.time}
     found["events"] = msgspec.to_builtins(report.events[-20:])
     return found
 

@@ -15,7 +15,7 @@ import pytest
 
 import hagroup as pkcs11
 from hagroup import Attribute, KeyType, Mechanism, bootstrap
-from hagroup.core.records import Observation
+from hagroup.core.records import WATCHDOG, Observation
 from hagroup.engine.supervisor import doubted
 from hagroup.errors import GroupReadOnly, GroupUnavailable, JournalUnavailable
 from tests.support import plain
@@ -307,6 +307,9 @@ def test_who_is_doubted() -> None:
     assert doubted([seen("m", "a", 5.0), seen("m", "b", 7.0, ok=True)], "me", everybody.__contains__) == {}
     three = [seen("m", "a", 5.0), seen("m", "b", 7.0), seen("m", "c", 9.0)]
     assert doubted(three, "me", everybody.__contains__) == {"m": 7.0}
+    watchdog = Observation(member="m", observer="a", site="zurich", ok=False, kind=WATCHDOG, boot_time=5.0)
+    assert doubted([watchdog], "me", everybody.__contains__, site="zurich") == {"m": 5.0}, "of the same site"
+    assert doubted([watchdog], "me", everybody.__contains__, site="geneva") == {}, "of another"
 
 
 def test_what_two_others_saw_is_looked_at_and_not_believed(new_group: Any) -> None:

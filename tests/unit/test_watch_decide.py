@@ -242,3 +242,37 @@ def test_what_was_told_survives_json() -> None:
     told = msgspec.structs.replace(told, undelivered=tuple(events))
     assert msgspec.json.decode(msgspec.json.encode(told), type=Told) == told
     assert told.members["hsm1"] == MemberTold()
+
+
+def test_a_token_nearly_full_is_told_once_and_not_again_for_one_object_more_or_less() -> None:
+    def room(share: float | None) -> Sight:
+        return sight(seen("hsm1"), seen("hsm2", room=share), seen("hsm3"))
+
+    _, events = run(room(0.5), room(0.09), room(0.11), room(0.09), room(None), room(0.09), room(0.2), room(0.2))
+    assert [(event.kind.value, event.member) for event in events] == [
+        ("token nearly full", "hsm2"),
+        ("token has room again", "hsm2"),
+    ]
+
+
+def test_a_broken_event_log_is_told_once() -> None:
+    broken = msgspec.structs.replace(UP, log_broken="event 7 is missing")
+    away = msgspec.structs.replace(broken, journal=False, log_broken=None)
+    _, events = run(UP, broken, broken, away, broken, UP, UP)
+    assert kinds(events) == [
+        "event log broken",
+        "journal unreachable",
+        "journal back",
+        "event log whole again",
+    ]
+
+
+def test_a_destroyed_key_that_is_there_again_is_told() -> None:
+    back = Noted(number=7, kind="object reappeared", member="hsm1", text="1 object")
+    assert kinds(run(sight(newest=7, noted=(back,)))[1]) == ["tombstoned key reappeared"]
+
+
+def test_a_member_that_is_connected_for_the_first_time_is_not_lost() -> None:
+    starting = sight(seen("hsm1"), seen("hsm2", False, starting=True), seen("hsm3"))
+    assert run(*[starting] * 10, *[UP] * 2)[1] == []
+    assert kinds(run(starting, starting, DOWN, DOWN)[1]) == ["member failed", "group degraded"]

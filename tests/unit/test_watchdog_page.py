@@ -7,6 +7,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from hagroup.watchdog.group import Report
 from hagroup.watchdog.heartbeat import Beat
 from hagroup.watchdog.metrics import Metrics
 from hagroup.watchdog.page import Board, Page
+from tests.support.browser import browser
 
 EVENT = WatchEvent(
     id="4711-1",
@@ -139,3 +141,25 @@ def test_unknown_path(served: Served) -> None:
         served.get("secrets")
     assert caught.value.code == 404
     caught.value.close()
+
+
+def test_in_a_real_browser(served: Served, tmp_path: Path) -> None:
+    """At a phone's width and a desktop's: it fits, shows what comes by the live feed, and says so when that ends."""
+    with browser(tmp_path / "profile") as tab:
+        for name, width, phone in (("phone", 390, True), ("desktop", 1280, False)):
+            served.reports = [STANDING_BY]
+            tab.open(served.page.address, width=width, height=844, phone=phone)
+            before = tab.wait_for("Another watchdog is the active one")
+            assert "payments" not in before
+            served.reports = [REPORT, STANDING_BY]
+            served.board.ring()
+            seen = tab.wait_for("out of sync: 4 to bring up to date")
+            assert "a failure is told within 2 s" in seen
+            assert "<b>member hsm1 failed</b>" in seen, "what comes from outside is text"
+            assert tab.evaluate("document.getElementById('link').textContent") == "live"
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+            tab.picture(tmp_path / f"{name}.png")
+        served.board.close()
+        served.page.stop()
+        tab.wait_for("what you see may be old")
+    print(f"pictures: {tmp_path}")
