@@ -54,7 +54,8 @@ GRAVE = frozenset({Kind.ALL_LOST, Kind.ALARM, Kind.MEMBER_QUARANTINED, Kind.PIN_
 LOG_ONLY = frozenset({Kind.RECOVERY_FAILED})
 """One for each attempt and not for each change: for the log, not for hook and webhook."""
 
-ALARMS = ("alarm", "object missing")
+EVENT_LOG_BROKEN = "event log broken"
+ALARMS = ("alarm", "object missing", EVENT_LOG_BROKEN)
 """Kinds of journal events that people must hear of."""
 
 

@@ -20,7 +20,7 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
     owed: int
     events: int
     sealed: int
-    """Events up to the last seal; events are not sealed, so none."""
+    """Number of the last event that the seal covers."""
     problems: list[str]
 
 
@@ -28,11 +28,13 @@ def check(journal: Journal) -> Checked:
     """A running application may change the journal meanwhile: what it just did is looked at again."""
     problems: list[str] = []
     names = {member.name for member in journal.members()}
+    seal = journal.group().seal
     events = journal.events(limit=_EVERYTHING)
-    problems += [
+    sealed = 0 if seal is None else seal.number
+    problems += [  # up to the seal, the seal's check tells
         f"event {before.number + 1} is missing: {after.number} follows {before.number}"
         for before, after in pairwise(events)
-        if after.number != before.number + 1
+        if after.number != before.number + 1 and after.number > sealed
     ]
     objects = {record.uid: record for record in journal.objects()}
     tombstones = {tombstone.uid for tombstone in journal.tombstones()}
@@ -58,6 +60,6 @@ def check(journal: Journal) -> Checked:
         tombstones=len(tombstones),
         owed=len(rows),
         events=len(events),
-        sealed=0,
+        sealed=sealed,
         problems=problems,
     )

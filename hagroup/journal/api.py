@@ -31,6 +31,7 @@ from hagroup.core.records import (
     OwedRow,
     Role,
     Rotation,
+    Seal,
     Tombstone,
 )
 
@@ -404,6 +405,11 @@ class Journal(Protocol):
     ) -> None: ...
     def events(self, *, limit: int = 100, since: int = 0) -> list[Event]:
         """The newest ``limit`` events with a number above ``since``, oldest first."""
+        ...
+
+    def put_seal(self, seal: Seal, *, lease: Lease) -> None:
+        """In place of the one before (:meth:`group` has it). Raises :class:`LeaseLost`; ValueError for one that covers
+        less than the one before."""
         ...
 
     # -- group -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from hagroup.core.records import (
     Observation,
     OwedKind,
     Role,
+    Seal,
 )
 from hagroup.journal.api import Busy, Journal, LeaseLost, NoLongerLive, StaleMembership
 from tests.support.journals import (
@@ -1046,3 +1047,18 @@ def test_threads_and_owners_at_once(journal, other):
     counts = journal.counts()
     assert counts == {"live": 0, "creating": 0, "tombstones": 90, "intents": 0, "owed": 90}
     assert len(journal.owed()) == 90
+
+
+def test_the_seal_only_grows_and_under_the_lease(backend, journal, other):
+    assert journal.group().seal is None
+    lease = journal.acquire_lease("seal", ttl=10)
+    first = Seal(number=3, head=b"three", mac=b"sealed")
+    journal.put_seal(first, lease=lease)
+    assert other.group().seal == first
+    with pytest.raises(ValueError, match="sealed already"):
+        journal.put_seal(Seal(number=2, head=b"two", mac=b"sealed"), lease=lease)
+    journal.release_lease(lease)
+    assert other.acquire_lease("seal", ttl=10) is not None
+    with pytest.raises(LeaseLost):
+        journal.put_seal(Seal(number=4, head=b"four", mac=b"sealed"), lease=lease)
+    assert journal.group().seal == first
