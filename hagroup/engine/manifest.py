@@ -218,6 +218,8 @@ def check(journal: Journal, view: View, member: Member, life: Life, *, timeout: 
             f"({view.group.serial}); remove it there first"
         )
     if found.epoch != view.group.epoch:
+        if record.membership is not Membership.ADMITTED:
+            return  # a full inventory is due there anyway
         _resync(journal, member, "its token is of an older epoch of the group")
     elif found.high < record.confirmed:
         _resync(journal, member, f"its token was restored: shows change {found.high} after {record.confirmed}")

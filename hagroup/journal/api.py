@@ -77,6 +77,20 @@ class Asking(msgspec.Struct, frozen=True, kw_only=True):
     worker: str | None
 
 
+class Contents(msgspec.Struct, frozen=True, kw_only=True):
+    """What a journal begins with that takes the place of a lost one."""
+
+    epoch_before: str
+    """The newest that is known of; the journal's own is later."""
+    change: int
+    """Not lower than any change number that is known of."""
+    records: list[ObjectRecord]
+    copies: list[Copy]
+    """Objects that these members are known to hold; the others owe them as ``install``, to be looked for first."""
+    tombstones: list[Tombstone]
+    events: list[Event] = []
+
+
 class Guarantees(msgspec.Struct, frozen=True):
     """What a backend is good for; callers demand what they need."""
 
