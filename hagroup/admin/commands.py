@@ -189,6 +189,15 @@ def sync(path: Path, *, pin: PinOptions) -> Synced:
         group.close()
 
 
+def journal_behind(path: Path, *, pin: PinOptions) -> str | None:
+    """Why the journal must decide nothing: some member has seen more than it knows; None: it is not behind."""
+    group = _logged_in(path, pin)
+    try:
+        return group.roster.journal_behind()
+    finally:
+        group.close()
+
+
 def recover(path: Path, *, pin: PinOptions) -> Synced:
     """Reach every member now (this process begins with that), and work off what those that answer owe."""
     return sync(path, pin=pin)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hagroup.admin import commands, show
+from hagroup.admin import commands, rebuild_commands, show
 from hagroup.admin.new_file import new_file
-from hagroup.admin.options import DEGRADED, UNREACHABLE, Json, PinEnv, PinFile, chosen_config, print_json, say
+from hagroup.admin.options import DEGRADED, UNREACHABLE, Json, PinEnv, PinFile, Yes, chosen_config, print_json, say
 from hagroup.engine import bundle as bundling
 from hagroup.engine import doctor as examining
 from hagroup.journal.clock import SystemClock
@@ -43,11 +43,15 @@ def doctor(as_json: Json = False, bundle: Bundle = None) -> None:
         raise typer.Exit(DEGRADED)
 
 
-def recover(pin_file: PinFile = None, pin_env: PinEnv = None, as_json: Json = False) -> None:
+def recover(pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False, as_json: Json = False) -> None:
     """Try to reach every member now, and bring those that answer up to date; says why where one does not.
 
-    Applications do this by themselves; this is for who does not want to wait.
+    Applications do this by themselves; this is for who does not want to wait. Where the journal turns out to be older
+    than the group (restored, copied), it is reconciled with the members first, after a question.
     """
+    behind = commands.journal_behind(chosen_config(), pin=(pin_file, pin_env))
+    if behind is not None:
+        rebuild_commands.reconcile(behind, pin=(pin_file, pin_env), yes=yes)
     done = commands.recover(chosen_config(), pin=(pin_file, pin_env))
     if as_json:
         print_json(done)

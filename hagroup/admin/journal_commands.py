@@ -10,11 +10,24 @@ import msgspec
 import typer
 
 from hagroup.admin import commands
-from hagroup.admin.options import DEGRADED, USAGE, Json, chosen_config, fail, print_json, say
+from hagroup.admin.options import (
+    DEGRADED,
+    USAGE,
+    Json,
+    PinEnv,
+    PinFile,
+    PinOptions,
+    chosen_config,
+    fail,
+    print_json,
+    say,
+)
 from hagroup.admin.show import table, when
 from hagroup.config.load import load
+from hagroup.config.model import GroupConfig
+from hagroup.config.pins import Pin
 from hagroup.core.records import Event
-from hagroup.engine import consistency, outstanding
+from hagroup.engine import consistency, outstanding, seal_check
 from hagroup.errors import ConfigurationError
 from hagroup.journal import Journal
 
@@ -124,20 +137,48 @@ def _print(events: list[Event]) -> None:
 
 
 @journal_app.command("verify")
-def journal_verify(as_json: Json = False) -> None:
-    """Check that the journal agrees with itself. Its events are not sealed: see what is said at the end."""
-    with commands.opened_journal(load(chosen_config())) as journal:
+def journal_verify(pin_file: PinFile = None, pin_env: PinEnv = None, as_json: Json = False) -> None:
+    """Check that the journal agrees with itself, and that nobody changed, removed or moved an event of its log.
+
+    The log is checked up to its last seal, which every member opens that can be logged in to without a question: by its
+    `pin` source, or by --pin-file or --pin-env. What came after the seal is protected by the file's permissions alone.
+    """
+    config = load(chosen_config())
+    with commands.opened_journal(config) as journal:
         found = consistency.check(journal)
+        seals = seal_check.check(config, journal, _pins(config, (pin_file, pin_env)))
+    found = msgspec.structs.replace(found, problems=[*found.problems, *seals.problems])
     if as_json:
-        print_json(found)
+        print_json({**msgspec.structs.asdict(found), "asked": seals.asked, "not_asked": seals.not_asked})
     else:
         for problem in found.problems:
             print(problem)
         say(f"{found.objects} objects, {found.tombstones} tombstones, {found.owed} owed changes, {found.events} events")
         say("consistent" if not found.problems else f"{len(found.problems)} problems")
-        say("0 events are sealed: that nobody changed or removed one can be told by the file's permissions alone")
+        _say_sealed(found, seals)
     if found.problems:
         raise typer.Exit(DEGRADED)
+
+
+def _pins(config: GroupConfig, options: PinOptions) -> dict[str, tuple[Pin, str, str]]:
+    """For the members that need no question."""
+    asked = options == (None, None)
+    members = tuple(member for member in config.members if member.pin is not None or not asked)
+    return commands.stamped_pins(msgspec.structs.replace(config, members=members), options)
+
+
+def _say_sealed(found: consistency.Checked, seals: seal_check.SealChecked) -> None:
+    for name, why in seals.not_asked.items():
+        say(f"member {name} was not asked: {why}")
+    if not found.sealed:
+        say("no event is sealed yet: that nobody changed or removed one can be told by the file's permissions alone")
+        return
+    by = (
+        f"members {', '.join(seals.asked)} were asked"
+        if seals.asked
+        else "no member was asked whether the seal is ours"
+    )
+    say(f"events up to {found.sealed} of {found.events} are sealed; {by}")
 
 
 @journal_app.command("todo")

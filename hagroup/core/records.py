@@ -267,6 +267,17 @@ class Rotation(msgspec.Struct, frozen=True, kw_only=True):
     """No envelope of the journal is under the replaced keys any more: each member may drop them."""
 
 
+class Seal(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the event log is sealed, in order, from its first event on."""
+
+    number: int
+    """Of the last event that it covers."""
+    head: bytes
+    """Of the hash chain over all events up to there."""
+    mac: bytes
+    """Both, sealed under the partition key: made inside a member, and opens in none for anything else."""
+
+
 class GroupRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The group as a whole."""
 
@@ -285,11 +296,15 @@ class GroupRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Epoch that began when the group was emptied last: what a token of an older one holds of the group goes."""
     rotation: Rotation | None = None
     """Everything new is sealed under ``domain_key_id`` and ``partition_key_id`` from the moment it is recorded."""
+    seal: Seal | None = None
+    """The newest one of the event log."""
 
 
 OBJECT_MISSING = "object missing"
 OBJECT_REAPPEARED = "object reappeared"
-"""Kinds of journal events: a member lost an object; a member shows one again that was destroyed."""
+EVENT_LOG_BROKEN = "event log broken"
+"""Kinds of journal events: a member lost an object; a member shows one again that was destroyed; the events are not
+what was sealed."""
 
 WATCHDOG = "heartbeat"
 """``Observation.kind`` of what the active watchdog sees."""

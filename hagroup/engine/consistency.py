@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import msgspec
 
-from hagroup.core.records import Event, ObjectState, OwedKind
+from hagroup.core.records import EVENT_LOG_BROKEN, Event, ObjectState, OwedKind
 from hagroup.journal.api import Journal
 
 _EVERYTHING = 2**31
@@ -20,33 +20,37 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
     owed: int
     events: int
     sealed: int
-    """Events up to the last seal; events are not sealed, so none."""
+    """Number of the last event that the seal covers."""
     problems: list[str]
 
 
-def broken_events(events: list[Event]) -> list[str]:
-    """What is wrong with the event log, in one sentence each: numbers that are missing."""
+def broken_events(events: list[Event], *, after: int = 0) -> list[str]:
+    """What is wrong with the event log after that number, in one sentence each: numbers that are missing."""
     return [
-        f"event {before.number + 1} is missing: {after.number} follows {before.number}"
-        for before, after in pairwise(events)
-        if after.number != before.number + 1
+        f"event {before.number + 1} is missing: {behind.number} follows {before.number}"
+        for before, behind in pairwise(events)
+        if behind.number != before.number + 1 and behind.number > after
     ]
 
 
 def event_log(journal: Journal) -> list[str]:
-    """The watchdog's question: what is wrong with the event log as a whole, now.
+    """The watchdog's question: what is wrong with the event log as a whole, now. Whoever seals it checks the seals before
+    it and says in the log itself what was wrong with them.
 
     :raises JournalUnavailable: it cannot be read.
     """
-    return broken_events(journal.events(limit=_EVERYTHING))
+    events = journal.events(limit=_EVERYTHING)
+    return broken_events(events) + [event.text for event in events if event.kind == EVENT_LOG_BROKEN]
 
 
 def check(journal: Journal) -> Checked:
     """A running application may change the journal meanwhile: what it just did is looked at again."""
     problems: list[str] = []
     names = {member.name for member in journal.members()}
+    seal = journal.group().seal
     events = journal.events(limit=_EVERYTHING)
-    problems += broken_events(events)
+    sealed = 0 if seal is None else seal.number
+    problems += broken_events(events, after=sealed)  # up to the seal, the seal's check tells
     objects = {record.uid: record for record in journal.objects()}
     tombstones = {tombstone.uid for tombstone in journal.tombstones()}
     for uid, record in objects.items():
@@ -71,6 +75,6 @@ def check(journal: Journal) -> Checked:
         tombstones=len(tombstones),
         owed=len(rows),
         events=len(events),
-        sealed=0,
+        sealed=sealed,
         problems=problems,
     )

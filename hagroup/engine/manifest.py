@@ -47,20 +47,25 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Every change up to here is finished on this member."""
     high: int
     """Newest tombstone or attribute change that was begun here."""
+    sealed: int = 0
+    """Number of the last event that the event log's seal covered; 0: none (or written by an earlier hagroup)."""
+    head: bytes = b""
+    """Of its hash chain, there."""
 
     @property
-    def order(self) -> tuple[str, int, int]:
+    def order(self) -> tuple[str, int, int, int]:
         """Later ones compare greater; so do their labels."""
-        return self.epoch, self.high, self.low
+        return self.epoch, self.high, self.low, self.sealed
 
 
 def _template(manifest: Manifest, sealed: bytes) -> Template:
+    order = f"{manifest.epoch}:{manifest.high:016x}:{manifest.low:016x}:{manifest.sealed:016x}"
     return [
         (CKA.CLASS, pack_ulong(CKO.DATA)),
         (CKA.TOKEN, pack_bool(True)),
         (CKA.PRIVATE, pack_bool(True)),
         (CKA.APPLICATION, APPLICATION),
-        (CKA.LABEL, LABEL + f"{manifest.epoch}:{manifest.high:016x}:{manifest.low:016x}".encode()),
+        (CKA.LABEL, LABEL + order.encode()),
         (CKA.VALUE, sealed),
     ]
 
@@ -156,6 +161,8 @@ def compose(group: GroupRecord, members: dict[str, MemberRecord], *, low: int, h
         members={name: member.serial for name, member in members.items()},
         low=low,
         high=high,
+        sealed=0 if group.seal is None else group.seal.number,
+        head=b"" if group.seal is None else group.seal.head,
     )
 
 
@@ -169,6 +176,15 @@ def raise_high(view: View, member: Member, life: Life, change: int, *, timeout: 
         manifest = compose(view.group, view.members, low=record.low, high=change)
         write(life.connection, life.keys, manifest, timeout=timeout)
         life.manifest_high = change
+
+
+def show_seal(view: View, member: Member, life: Life, *, timeout: float) -> None:
+    """The member's manifest shows the newest seal of the event log from now on."""
+    assert life.keys is not None
+    with member.manifest_lock:
+        shown = compose(view.group, view.members, low=view.members[member.name].low, high=life.manifest_high)
+        write(life.connection, life.keys, shown, timeout=timeout)
+        life.manifest_sealed, life.manifest_head = shown.sealed, shown.head
 
 
 def check(journal: Journal, view: View, member: Member, life: Life, *, timeout: float) -> None:
@@ -190,6 +206,10 @@ def check(journal: Journal, view: View, member: Member, life: Life, *, timeout: 
             _resync(journal, member, "its token shows no manifest: it was emptied or replaced")
         return
     life.manifest_epoch = found.epoch
+    if found.epoch == view.group.epoch:
+        life.manifest_sealed, life.manifest_head = found.sealed, found.head
+    else:
+        life.manifest_sealed, life.manifest_head = 0, b""
     life.manifest_high = found.high if found.epoch == view.group.epoch else 0
     life.manifest_low = found.low if found.epoch == view.group.epoch else 0
     if found.group != view.group.serial:
@@ -198,6 +218,8 @@ def check(journal: Journal, view: View, member: Member, life: Life, *, timeout: 
             f"({view.group.serial}); remove it there first"
         )
     if found.epoch != view.group.epoch:
+        if record.membership is not Membership.ADMITTED:
+            return  # a full inventory is due there anyway
         _resync(journal, member, "its token is of an older epoch of the group")
     elif found.high < record.confirmed:
         _resync(journal, member, f"its token was restored: shows change {found.high} after {record.confirmed}")

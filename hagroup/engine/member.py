@@ -29,8 +29,10 @@ class Life:
         "keys_renewed",
         "logged_in",
         "manifest_epoch",
+        "manifest_head",
         "manifest_high",
         "manifest_low",
+        "manifest_sealed",
         "mechanisms",
         "proved_since_low",
         "started",
@@ -67,6 +69,9 @@ class Life:
         """Newest change number that the manifest on the token is known to show."""
         self.manifest_low = 0
         """Every change up to here is finished there, as the token's own manifest says."""
+        self.manifest_sealed = 0
+        """Number of the last sealed event that the token's manifest knows of."""
+        self.manifest_head = b""
         self.proved_since_low = False
         """What moved since was looked for in this life."""
 

@@ -17,6 +17,7 @@ from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Replicator
 from hagroup.engine.resync import Resync
 from hagroup.engine.roster import START_TIMEOUT, Roster
+from hagroup.engine.sealing import Sealer
 from hagroup.engine.view import View
 from hagroup.errors import JournalUnavailable
 from hagroup.journal.api import Journal
@@ -68,6 +69,7 @@ class Supervisor:
         self._replicator = replicator
         self._clock = clock
         self.resync = Resync(roster, view, journal, replicator, clock)
+        self.sealer = Sealer(roster, view, journal, clock)
         self._event = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="hagroup-supervisor", daemon=True)
@@ -126,6 +128,8 @@ class Supervisor:
                 self._resync(member)
         if self._any_keys() and self.resync.recover_intents():
             self.wake()  # members may owe something by it
+        if self.sealer.due():
+            self._roster.submit(self.sealer.seal)
 
     def _heed_observations(self) -> None:
         """Others saw a member fail: look for ourselves. Never more than that: their own workers may be the broken part
@@ -181,6 +185,7 @@ class Supervisor:
     def sync_now(self) -> None:
         """Work off what every connected member owes; rows that were put off too."""
         self.resync.recover_intents()
+        self.sealer.seal()
         for member in list(self._roster.members.values()):
             if member.state not in (State.RESYNCING, State.IN_SERVICE):
                 continue

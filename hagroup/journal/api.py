@@ -31,6 +31,7 @@ from hagroup.core.records import (
     OwedRow,
     Role,
     Rotation,
+    Seal,
     Tombstone,
 )
 
@@ -74,6 +75,20 @@ class Asking(msgspec.Struct, frozen=True, kw_only=True):
 
     member: str
     worker: str | None
+
+
+class Contents(msgspec.Struct, frozen=True, kw_only=True):
+    """What a journal begins with that takes the place of a lost one."""
+
+    epoch_before: str
+    """The newest that is known of; the journal's own is later."""
+    change: int
+    """Not lower than any change number that is known of."""
+    records: list[ObjectRecord]
+    copies: list[Copy]
+    """Objects that these members are known to hold; the others owe them as ``install``, to be looked for first."""
+    tombstones: list[Tombstone]
+    events: list[Event] = []
 
 
 class Guarantees(msgspec.Struct, frozen=True):
@@ -404,6 +419,11 @@ class Journal(Protocol):
     ) -> None: ...
     def events(self, *, limit: int = 100, since: int = 0) -> list[Event]:
         """The newest ``limit`` events with a number above ``since``, oldest first."""
+        ...
+
+    def put_seal(self, seal: Seal, *, lease: Lease) -> None:
+        """In place of the one before (:meth:`group` has it). Raises :class:`LeaseLost`; ValueError for one that covers
+        less than the one before."""
         ...
 
     # -- group -------------------------------------------------------------------------------------------

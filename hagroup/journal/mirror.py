@@ -58,3 +58,21 @@ class Mirror:
     def drop(self, uid: bytes) -> None:
         """The object was destroyed: its record goes, that it was there stays."""
         self._write("INSERT INTO records VALUES (?, 0, NULL) ON CONFLICT (uid) DO UPDATE SET record = NULL", [(uid,)])
+
+    def read(self) -> tuple[list[ObjectRecord], list[bytes]]:
+        """The records, and the UIDs of what was destroyed. A record with an envelope is proved when that is opened.
+
+        :raises JournalUnavailable: the file cannot be read.
+        """
+        if not self._path.exists():
+            raise JournalUnavailable(f"the mirror {self._path} is not there: [journal] mirror names it")
+        try:
+            connection = sqlite3.connect(self._path, timeout=5.0, isolation_level=None)
+            try:
+                found = connection.execute("SELECT uid, record FROM records").fetchall()
+            finally:
+                connection.close()
+            records = [msgspec.msgpack.decode(record, type=ObjectRecord) for _, record in found if record is not None]
+        except (sqlite3.Error, msgspec.DecodeError) as error:
+            raise JournalUnavailable(f"the mirror {self._path} cannot be read ({error})") from error
+        return records, [uid for uid, record in found if record is None]

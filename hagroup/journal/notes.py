@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from hagroup.core.records import Event, LoginRecord, LoginState, Observation
+from hagroup.core.records import Event, Lease, LoginRecord, LoginState, Observation, Seal
 from hagroup.journal import rows
 from hagroup.journal.opened import Opened
 from hagroup.journal.rules import login_refused
@@ -98,6 +98,15 @@ class Notes(Opened):
                 "INSERT INTO events (time, kind, member, text, data) VALUES (?, ?, ?, ?, ?)",
                 (t.wall, kind, member, text, rows.encode(dict(data or {}))),
             )
+
+    def put_seal(self, seal: Seal, *, lease: Lease) -> None:
+        with self._write() as t:
+            t.expect_lease(lease)
+            before = self._group(t.sql).seal
+            if before is not None and before.number > seal.number:
+                raise ValueError(f"the events up to {before.number} are sealed already")
+            t.sql.execute("INSERT OR REPLACE INTO seal VALUES (1, ?)", (rows.encode(seal),))
+            t.touch_members()
 
     def events(self, *, limit: int = 100, since: int = 0) -> list[Event]:
         statement = "SELECT * FROM events WHERE number > ? ORDER BY number DESC LIMIT ?"

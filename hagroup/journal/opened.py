@@ -13,9 +13,9 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from hagroup.core.clock import Clock
-from hagroup.core.records import GroupRecord, OwedRow
+from hagroup.core.records import GroupRecord, OwedRow, Seal
 from hagroup.errors import JournalUnavailable
-from hagroup.journal import owners, rows
+from hagroup.journal import owners, rows, schema
 from hagroup.journal.database import Database
 from hagroup.journal.transaction import Transaction, read_head
 from hagroup.journal.view import ViewNumber
@@ -93,6 +93,7 @@ class Opened:
         self._registration, self.owner = registration, registration.owner
         try:
             with self._write() as t:
+                schema.complete(t.sql)
                 self._after_reboot(t)
                 t.sql.execute("INSERT INTO owners VALUES (?, ?, ?)", (self.owner, os.getpid(), t.wall))
                 gone = owners.clean(self._locks, lambda names: _referenced(t.sql, names))
@@ -168,6 +169,7 @@ class Opened:
             "SELECT label, serial, domain_key_id, partition_key_id, reference, cleared, rotation FROM identity"
         ).fetchone()
         return GroupRecord(
+            seal=_seal(connection),
             label=label,
             serial=serial,
             epoch=head.epoch,
@@ -179,6 +181,14 @@ class Opened:
             cleared=cleared,
             rotation=None if rotation is None else rows.to_rotation(rotation),
         )
+
+
+def _seal(connection: sqlite3.Connection) -> Seal | None:
+    try:
+        found = connection.execute("SELECT seal FROM seal").fetchone()
+    except sqlite3.OperationalError:  # made by an earlier hagroup, and opened for reading only
+        return None
+    return None if found is None else rows.to_seal(found[0])
 
 
 def _before_boot(row: OwedRow) -> OwedRow:

@@ -21,6 +21,7 @@ from hagroup.core.records import (
     OwedKind,
     OwedRow,
     Rotation,
+    Seal,
     Tombstone,
 )
 
@@ -35,6 +36,7 @@ _locators = msgspec.msgpack.Decoder(tuple[Locator, ...]).decode
 _attempts = msgspec.msgpack.Decoder(tuple[Attempt, ...]).decode
 _member = msgspec.msgpack.Decoder(MemberRecord).decode
 _intent = msgspec.msgpack.Decoder(Intent).decode
+to_seal = msgspec.msgpack.Decoder(Seal).decode
 to_rotation = msgspec.msgpack.Decoder(Rotation).decode
 
 CLASS, LABEL, KEY_TYPE, ID = 0x000, 0x003, 0x100, 0x102

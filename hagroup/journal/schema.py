@@ -175,6 +175,11 @@ CREATE TABLE events (
     text   TEXT NOT NULL,
     data   BLOB NOT NULL
 ) STRICT;
+
+CREATE TABLE seal (
+    only INTEGER PRIMARY KEY CHECK (only = 1),
+    seal BLOB NOT NULL
+) STRICT;
 """
 
 
@@ -185,6 +190,13 @@ def install(connection: sqlite3.Connection) -> None:
             connection.execute(statement)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def complete(connection: sqlite3.Connection) -> None:
+    """What a journal of this version that was made earlier may lack."""
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS seal (only INTEGER PRIMARY KEY CHECK (only = 1), seal BLOB NOT NULL) STRICT"
+    )
 
 
 def unusable(connection: sqlite3.Connection) -> str | None:

@@ -14,13 +14,14 @@ from hagroup.core.clock import Clock
 from hagroup.core.records import MemberRecord
 from hagroup.errors import JournalUnavailable
 from hagroup.journal import binding, schema
-from hagroup.journal.api import Guarantees
+from hagroup.journal.api import Contents, Guarantees
 from hagroup.journal.binding import Place
 from hagroup.journal.changing import Changing
 from hagroup.journal.clearing import Clearing
 from hagroup.journal.clock import SystemClock
 from hagroup.journal.database import BUSY_TIMEOUT, Database, unavailable
 from hagroup.journal.epoch import new_epoch
+from hagroup.journal.filling import fill
 from hagroup.journal.membership import Members, insert_member
 from hagroup.journal.notes import Notes
 from hagroup.journal.owing import Owing
@@ -49,9 +50,12 @@ class SqliteJournal(Reading, Changing, Owing, Members, Notes, Clearing, Rotating
         domain_key_id: bytes,
         partition_key_id: bytes,
         reference: bytes,
+        contents: Contents | None = None,
         clock: Clock | None = None,
     ) -> None:
         """Make the journal of a new group. It appears whole or not at all.
+
+        :param contents: what is known of the group where its journal was lost.
 
         :raises JournalUnavailable: there is a file already, or none can be made there.
         """
@@ -74,7 +78,7 @@ class SqliteJournal(Reading, Changing, Owing, Members, Notes, Clearing, Rotating
                     connection.execute("PRAGMA synchronous = FULL")
                     connection.execute("BEGIN IMMEDIATE")
                     schema.install(connection)
-                    _fill(connection, new_epoch(None), clock.boot_id())
+                    _fill(connection, new_epoch(None if contents is None else contents.epoch_before), clock.boot_id())
                     connection.execute(
                         "INSERT INTO identity (only, label, serial, domain_key_id, partition_key_id, reference, "
                         "machine, inode, device) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -94,6 +98,8 @@ class SqliteJournal(Reading, Changing, Owing, Members, Notes, Clearing, Rotating
                     )
                     for member in members:
                         insert_member(t, member)
+                    if contents is not None:
+                        fill(t, contents, [member.name for member in members])
                     t.head.membership_revision = 1
                     t.finish()
                     connection.execute("COMMIT")
@@ -165,6 +171,17 @@ class SqliteJournal(Reading, Changing, Owing, Members, Notes, Clearing, Rotating
         except sqlite3.Error as error:
             raise unavailable(path, error) from error
         return str(epoch)
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Move a journal's file out of the way, with its log, under a new name. Nobody may have it open here."""
+    aside = path.with_name(f"{path.name}.{suffix}")
+    for end in ("-wal", "-shm", ""):  # the file last: as long as it is there, nothing is made in its place
+        there = path.with_name(path.name + end)
+        if there.exists():
+            there.rename(aside.with_name(aside.name + end))
+    _make_durable(path.parent)
+    return aside
 
 
 class _plain:  # noqa: N801 - a context manager, used like a function

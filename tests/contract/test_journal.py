@@ -17,6 +17,7 @@ from hagroup.core.records import (
     OwedKind,
     Role,
     Rotation,
+    Seal,
 )
 from hagroup.journal.api import Busy, Journal, LeaseLost, NoLongerLive, StaleMembership
 from tests.support.journals import (
@@ -1148,3 +1149,18 @@ def test_lease_held(backend, journal, other):
     other.close()
     assert not journal.lease_held("x"), "its owner is dead"
     assert lease is not None
+
+
+def test_the_seal_only_grows_and_under_the_lease(backend, journal, other):
+    assert journal.group().seal is None
+    lease = journal.acquire_lease("seal", ttl=10)
+    first = Seal(number=3, head=b"three", mac=b"sealed")
+    journal.put_seal(first, lease=lease)
+    assert other.group().seal == first
+    with pytest.raises(ValueError, match="sealed already"):
+        journal.put_seal(Seal(number=2, head=b"two", mac=b"sealed"), lease=lease)
+    journal.release_lease(lease)
+    assert other.acquire_lease("seal", ttl=10) is not None
+    with pytest.raises(LeaseLost):
+        journal.put_seal(Seal(number=4, head=b"four", mac=b"sealed"), lease=lease)
+    assert journal.group().seal == first

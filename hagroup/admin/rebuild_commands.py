@@ -1,0 +1,165 @@
+"""``ha-admin journal rebuild`` and ``adopt``, and ``recover`` where the journal is behind."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hagroup.admin import commands
+from hagroup.admin.options import (
+    DEGRADED,
+    Json,
+    PinEnv,
+    PinFile,
+    PinOptions,
+    Yes,
+    chosen_config,
+    print_json,
+    say,
+    typed,
+)
+from hagroup.config.load import load
+from hagroup.config.model import GroupConfig, SqliteUrl
+from hagroup.config.write import set_group_serial
+from hagroup.core.rebuilding import Former
+from hagroup.core.records import Event
+from hagroup.engine import rebuild as rebuilding
+from hagroup.errors import ConfigurationError, HAError, JournalUnavailable
+from hagroup.journal import SqliteJournal, open_journal
+from hagroup.journal.clock import SystemClock
+
+Keep = Annotated[
+    list[str] | None, typer.Option("--keep", metavar="UID", help="take this doubtful object over all the same")
+]
+
+
+def rebuild(
+    keep: Keep = None, pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False, as_json: Json = False
+) -> None:
+    """Make a lost journal anew from the members, their manifests and [journal] mirror; say what cannot be known.
+
+    A file that is there is moved aside, never overwritten; one that is well only after its group's label was typed.
+    Then every member goes through a full inventory before it serves. Interrupted, the same command completes it.
+    """
+    config = load(chosen_config())
+    _refuse_if_well(config, yes=yes)
+    _rebuild(config, _readable(config), keep or [], pin=(pin_file, pin_env), as_json=as_json)
+
+
+def reconcile(behind: str, *, pin: PinOptions, yes: bool) -> None:
+    """A journal that is behind the group: what it knows and what members know together make the next one."""
+    config = load(chosen_config())
+    say(behind)
+    question = (
+        f"Make it anew, from what it knows and what the members know? Type the group's label {config.group.label}"
+    )
+    if not yes and not typed(question, config.group.label):
+        raise ConfigurationError(f"{behind}; not confirmed (give --yes in scripts); nothing was changed")
+    _rebuild(config, _readable(config), [], pin=pin, as_json=False)
+
+
+def _rebuild(
+    config: GroupConfig,
+    former: tuple[Former, list[Event], str] | None,
+    keep: Iterable[str],
+    *,
+    pin: PinOptions,
+    as_json: bool,
+) -> None:
+    try:
+        kept = [bytes.fromhex(uid) for uid in keep]
+    except ValueError:
+        raise ConfigurationError("--keep takes the UID that `journal rebuild` printed; nothing was changed") from None
+    pins = commands.user_pins(config, pin)
+    done = rebuilding.rebuild(config, pins, former=former, keep=kept, clock=SystemClock())
+    if config.group.serial is None:
+        set_group_serial(config.path, done.group)
+    if as_json:
+        print_json(done)
+    else:
+        _show(done)
+    if done.doubtful or done.not_replicable or done.away:
+        raise typer.Exit(DEGRADED)
+
+
+def _show(done: rebuilding.Rebuilt) -> None:
+    say(f"the journal was rebuilt: {done.objects} objects, {done.tombstones} tombstones")
+    for name, text in done.members.items():
+        say(f"member {name}: {text}")
+    for name, why in done.away.items():
+        say(f"member {name} contributed nothing: {why}")
+    if done.aside is not None:
+        say(f"the journal that was there is now {done.aside}")
+    for one in done.doubtful:
+        print(f"doubtful, neither taken over nor destroyed: {one['label']!r} ({one['uid']}): {one['why']}")
+    for text in done.not_replicable:
+        print(f"cannot be replicated: {text}")
+    for text in done.unknown:
+        print(f"not known: {text}")
+    say("each member goes through a full inventory before it serves: `ha-admin sync` does it now")
+
+
+def _sqlite(config: GroupConfig) -> Path:
+    if not isinstance(config.journal.url, SqliteUrl):
+        raise ConfigurationError(f"{config.path}: [journal] url {config.journal.url}: this is no journal on this host")
+    return config.journal.url.path
+
+
+def _refuse_if_well(config: GroupConfig, *, yes: bool) -> None:
+    if not _sqlite(config).exists():
+        return
+    try:
+        open_journal(str(config.journal.url), clock=SystemClock()).close()
+    except HAError:
+        return
+    label = config.group.label
+    question = f"The journal {config.journal.url} is there and well. Type the group's label to make it anew"
+    if not yes and not typed(question, label):
+        raise ConfigurationError(
+            f"the journal {config.journal.url} is there and well: not confirmed (give --yes in scripts); nothing was "
+            "changed"
+        )
+
+
+def _readable(config: GroupConfig) -> tuple[Former, list[Event], str] | None:
+    """What can still be read of the file that is there, whole: from a copy that is thrown away."""
+    path = _sqlite(config)
+    if not path.exists():
+        return None
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.reading-") as folder:
+        copy = Path(folder) / path.name
+        try:
+            for end in ("", "-wal"):
+                if (there := path.with_name(path.name + end)).exists():
+                    shutil.copy2(there, copy.with_name(copy.name + end))
+            SqliteJournal.adopt_file(copy)
+            journal = SqliteJournal.open(copy)
+            try:
+                return rebuilding.former_of(journal)
+            finally:
+                journal.close()
+        except (JournalUnavailable, OSError) as error:
+            say(f"nothing can be read of the journal that is there ({error})")
+            return None
+
+
+def adopt(yes: Yes = False) -> None:
+    """Take over a journal's file that was copied or restored here. A new epoch begins: each member goes through a full
+    inventory before it serves. Nobody may use the other file any more.
+
+    Where the members have seen more than the file knows, `ha-admin recover` reconciles it with them.
+    """
+    config = load(chosen_config())
+    path = _sqlite(config)
+    question = f"Make {path} the journal of group {config.group.label}, in place of any other? Type the group's label"
+    if not yes and not typed(question, config.group.label):
+        raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
+    epoch = SqliteJournal.adopt_file(path)
+    with commands.opened_journal(config) as journal:
+        journal.event("journal adopted", f"a copied or restored file; epoch {epoch}")
+    say(f"{path} is the journal now; `ha-admin recover` brings the members in")
