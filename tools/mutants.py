@@ -29,10 +29,10 @@ def copy_tree(target: Path) -> None:
             shutil.copy(source, target / name)
 
 
-def run_test(tree: Path, test: str) -> tuple[int, str]:
+def run_tests(tree: Path, *tests: str) -> tuple[int, str]:
     """pytest's exit status and its output."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0", test]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0", *tests]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
@@ -46,7 +46,7 @@ def caught(tree: Path, mutation: Mutation) -> str | None:
     path.write_text(right.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
         compile(path.read_text(encoding="utf-8"), str(path), "exec")
-        status, output = run_test(tree, mutation.test)
+        status, output = run_tests(tree, mutation.test)
     finally:
         path.write_text(right, encoding="utf-8")
     if status == PASSED:
@@ -71,11 +71,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hagroup-mutants-", dir=shm if shm.is_dir() else None) as folder:
         tree = Path(folder)
         copy_tree(tree)
-        for test in dict.fromkeys(mutation.test for mutation in chosen):
-            status, output = run_test(tree, test)
-            if status != PASSED:
-                print(f"{test} fails without any mutation:\n{output[-2000:]}")
-                return 1
+        status, output = run_tests(tree, *dict.fromkeys(mutation.test for mutation in chosen))
+        if status != PASSED:
+            print(f"a test fails without any mutation:\n{output[-2000:]}")
+            return 1
         for mutation in chosen:
             wrong = caught(tree, mutation)
             bad += wrong is not None
