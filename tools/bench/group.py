@@ -85,10 +85,12 @@ class Group:
         """A process that uses the group, or the member of that number with plain python-pkcs11."""
         if number is None:
             return Client(["group", self.toml], {})
-        member = self.members[number]
-        base = Path(self.toml).parent
-        paths = {name: str(base / value) if (base / value).exists() else value for name, value in member["env"].items()}
-        return Client(["plain", member["token_serial"], self.module], paths)
+        return Client(["plain", self.members[number]["token_serial"], self.module], self.environment(number))
+
+    def environment(self, number: int) -> dict[str, str]:
+        """The member's variables; paths in the file are relative to it."""
+        found = {name: (Path(self.toml).parent / value, value) for name, value in self.members[number]["env"].items()}
+        return {name: str(path) if path.exists() else value for name, (path, value) in found.items()}
 
 
 class Client:
