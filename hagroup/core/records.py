@@ -371,3 +371,8 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
     """Member records or the group record moved too."""
     everything: bool = False
     """The epoch is another one, or so much moved that it is not listed: forget all."""
+
+
+def is_true(record: ObjectRecord, attribute: int) -> bool:
+    """A boolean attribute of the record; absent counts as false."""
+    return record.attributes.get(attribute, b"\0") not in (b"\0", b"")

@@ -53,10 +53,11 @@ class Caller:
         :raises GroupUnavailable: no member can serve this now.
         :raises CallTimeout: two members died or hung in it.
         """
-        attempt = _Attempt(self._roster, objects, need_keys=need_keys, only=only, patience=self._patience)
+        attempt: _Attempt | None = None  # most calls succeed where their thread was before, and need none
         member = None if need_keys or only is not None else self._roster.stay(objects)
         while True:
             if member is None:
+                attempt = attempt or self._begin(objects, need_keys=need_keys, only=only)
                 member = attempt.next_member()
             life = member.life
             if life is None:  # it failed between being chosen and now
@@ -73,12 +74,15 @@ class Caller:
                 except Ckr as error:
                     again = error
                 except DeadlinePassed as error:
+                    attempt = attempt or self._begin(objects, need_keys=need_keys, only=only)
                     self._roster.timed_out(member, life)
                     attempt.died(member, error)
                 except CONNECTION_LOST as error:
+                    attempt = attempt or self._begin(objects, need_keys=need_keys, only=only)
                     self._roster.lost(member, life, str(error))
                     attempt.lost(member, error)
                 except Missing as error:
+                    attempt = attempt or self._begin(objects, need_keys=need_keys, only=only)
                     if error.uid is not None and self._roster.look_again(member, life, error.uid):
                         attempt.come_back(member)
                     else:
@@ -88,12 +92,16 @@ class Caller:
             finally:
                 self._roster.done(member)
             if again is not None:
+                attempt = attempt or self._begin(objects, need_keys=need_keys, only=only)
                 authenticate = any(item.always_authenticate for item in objects)
                 verdict = classify(
                     again.rv, member.config.errors, logged_in=logged_in, always_authenticate=authenticate
                 )
                 attempt.answered(member, life, again, verdict, mechanism)
             member = None
+
+    def _begin(self, objects: Sequence[Usable], *, need_keys: bool, only: Member | None) -> _Attempt:
+        return _Attempt(self._roster, objects, need_keys=need_keys, only=only, patience=self._patience)
 
 
 class _Attempt:

@@ -16,12 +16,12 @@ from hagroup.config.logging import get_logger
 from hagroup.core.attributes import CKA, CKO, pack_bool, unpack_bool, unpack_ulong
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle, Mechanism, SessionId, Template
 from hagroup.core.ckr import CKR
-from hagroup.core.records import Locator, ObjectRecord, ObjectState
+from hagroup.core.records import Locator, ObjectRecord, ObjectState, is_true
 from hagroup.core.templates import class_of, final_attributes, scratch_template
 from hagroup.engine import replica
 from hagroup.engine.domain import reseal, seal, seal_private_data
 from hagroup.engine.member import Life, Member, Missing
-from hagroup.engine.objects import SessionObject, TokenObject, is_true
+from hagroup.engine.objects import SessionObject, TokenObject
 from hagroup.engine.proof import fingerprint
 from hagroup.engine.roster import CONNECTION_LOST
 from hagroup.errors import GroupUnavailable, NotReplicable

@@ -10,16 +10,11 @@ import msgspec
 from hagroup.core.attributes import CKA
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle
 from hagroup.core.ckr import CKR
-from hagroup.core.records import ObjectRecord
+from hagroup.core.records import ObjectRecord, is_true
 from hagroup.engine import replica
 from hagroup.engine.holding import opens
 from hagroup.engine.member import Life, Member, Missing
 from hagroup.engine.view import ObjectView
-
-
-def is_true(record: ObjectRecord, attribute: int) -> bool:
-    """A boolean attribute of the record; absent counts as false."""
-    return record.attributes.get(attribute, b"\0") not in (b"\0", b"")
 
 
 class Repairs(msgspec.Struct, frozen=True):
@@ -43,8 +38,8 @@ class TokenObject:
         self.changing = view.changing
         self._repairs = repairs
         self._timeout = timeout
-        self._private = is_true(view.record, CKA.PRIVATE)
-        self.always_authenticate = is_true(view.record, CKA.ALWAYS_AUTHENTICATE)
+        self._private = view.private
+        self.always_authenticate = view.always_authenticate
 
     def on(self, member: Member) -> bool:
         if member.name not in self._members:

@@ -110,7 +110,8 @@ class Roster:
         self.members: dict[str, Member] = {}
         self.tasks = self._workers()
         self._running: set[Future[Any]] = set()
-        self.changed = threading.Condition()
+        self._lock = threading.RLock()
+        self.changed = threading.Condition(self._lock)
         """Notified at every change of a member's state."""
         self.on_lost: Callable[[Member], None] = lambda member: None
         self.on_new_keys: Callable[[], None] = lambda: None
@@ -218,7 +219,7 @@ class Roster:
         for item in objects:
             if not item.on(last):
                 return None
-        with self.changed:
+        with self._lock:  # that of `changed`, taken without its Python code
             last.outstanding += 1
             self._uses += 1
             last.last_used = self._uses
@@ -230,7 +231,7 @@ class Roster:
     def pick(self, candidates: list[Member]) -> Member | None:
         """Choose, and count the call as outstanding there; give it back with :meth:`done`."""
         last: Member | None = getattr(self._here, "last", None)
-        with self.changed:
+        with self._lock:
             member = choose(self._rested(candidates), last)
             if member is not None:
                 if member.rests:  # this call is its trial; until it answered, the others go elsewhere
@@ -249,7 +250,7 @@ class Roster:
         return [member for member in candidates if member.rest_until <= now] or candidates
 
     def done(self, member: Member) -> None:
-        with self.changed:
+        with self._lock:
             member.outstanding -= 1
 
     def wait_for_change(self, timeout: float, unless: Callable[[], bool]) -> bool:
@@ -611,7 +612,8 @@ class Roster:
     # -- background ----------------------------------------------------------------------------------------
     def renew_after_fork(self) -> None:
         """In the child: no thread, no connection and no lock of the parent's is ours."""
-        self.changed = threading.Condition()
+        self._lock = threading.RLock()
+        self.changed = threading.Condition(self._lock)
         self.tasks = self._workers()
         self._running = set()
         self._here = threading.local()

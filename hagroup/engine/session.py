@@ -9,9 +9,10 @@ from hagroup.core.attributes import CKA, is_secret_component, may_copy, may_dest
 from hagroup.core.calls import Ckr, Handle, Mechanism, Template
 from hagroup.core.ckr import CKR
 from hagroup.core.numbers import CKA_VENDOR_DEFINED
+from hagroup.core.records import is_true
 from hagroup.engine.login import CKU_SO, CKU_USER
 from hagroup.engine.member import Life
-from hagroup.engine.objects import SessionObject, TokenObject, is_true
+from hagroup.engine.objects import SessionObject, TokenObject
 from hagroup.engine.stream import GroupStream
 from hagroup.errors import NotOnGroup
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection
 
 import msgspec
 
-from hagroup.core.records import GroupRecord, MemberRecord, ObjectRecord
+from hagroup.core.attributes import CKA
+from hagroup.core.records import GroupRecord, MemberRecord, ObjectRecord, is_true
 from hagroup.errors import JournalUnavailable
 from hagroup.journal.api import Journal
 
@@ -21,8 +22,10 @@ class ObjectView(msgspec.Struct, frozen=True):
 
     record: ObjectRecord
     members: frozenset[str]
-    changing: bool = False
+    changing: bool
     """Somebody is at work on it: an attribute change is open, or a member is just being asked."""
+    private: bool
+    always_authenticate: bool
 
 
 class View:
@@ -88,7 +91,8 @@ class View:
         if record is not None and record.state == "live":
             members = (name for name, copy in copies.items() if copy.revision == record.revision and name not in owed)
             changing = record.intent is not None or any(row.owner is not None for row in owed.values())
-            view = ObjectView(record, frozenset(members), changing)
+            private, always = is_true(record, CKA.PRIVATE), is_true(record, CKA.ALWAYS_AUTHENTICATE)
+            view = ObjectView(record, frozenset(members), changing, private, always)
         with self._lock:
             if seen == self._seen:  # else it may be older than what others dropped meanwhile
                 self._objects[uid] = view

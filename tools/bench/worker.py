@@ -1,19 +1,20 @@
-"""One process of a measurement: ``worker.py plain CONF | group TOML``, the question as JSON on standard input."""
+"""One process of a measurement: ``worker.py plain CONF SERIAL MODULE | group TOML``.
+
+It reads one question (JSON) a line, answers ``ready``, begins when it is told ``go``, and answers with JSON.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import os
-import statistics
 import sys
 import threading
 import time
 from typing import Any
 
-from operations import PIN, make_keys, operations
+from operations import PIN, PREPARE, Operation, make_keys
 
-SOFTHSM = "/usr/lib/softhsm/libsofthsm2.so"
 CKF_OS_LOCKING_OK = 2
 
 
@@ -28,72 +29,133 @@ class _InitializeArgs(ctypes.Structure):
     ]
 
 
-def open_token(kind: str, path: str) -> Any:
-    """The token: of a group, or SoftHSM's with OS locking (without it, threads corrupt each other)."""
+def open_token(kind: str, arguments: list[str]) -> Any:
+    """The token: of a group, or a member's own with OS locking (without it, threads corrupt each other)."""
     if kind == "group":
         import hagroup
 
-        return hagroup.lib(path).get_token(token_label="bench")
-    os.environ["SOFTHSM2_CONF"] = path
+        return hagroup.lib(arguments[0]).get_token(token_label="bench")
     import pkcs11
 
-    library = pkcs11.lib(SOFTHSM)
-    module = ctypes.CDLL(SOFTHSM)
-    module.C_Finalize(None)
-    module.C_Initialize(ctypes.byref(_InitializeArgs(flags=CKF_OS_LOCKING_OK)))
-    return next(token for token in library.get_tokens() if token.flags & pkcs11.TokenFlag.USER_PIN_INITIALIZED)
+    serial, module = arguments
+    library = pkcs11.lib(module)
+    functions = ctypes.POINTER(ctypes.c_void_p)()
+    ctypes.CDLL(module).C_GetFunctionList(ctypes.byref(functions))
+    initialize, finalize = (ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_void_p)(functions[n]) for n in (1, 2))
+    finalize(None)
+    arguments_ = _InitializeArgs(flags=CKF_OS_LOCKING_OK)
+    initialize(ctypes.addressof(arguments_))
+    return library.get_token(token_serial=serial.encode())
 
 
-def run(token: Any, name: str, threads: int, seconds: float) -> list[float]:
-    """Times of the calls of all threads; each thread has a session of its own, as a fair opponent would."""
-    times: list[list[float]] = [[] for _ in range(threads)]
-    ready = threading.Barrier(threads + 1)
-    stop = threading.Event()
-    first = token.open(user_pin=PIN)
+class Cell:
+    """One operation, by so many threads of this process; each thread has a session of its own."""
 
-    def work(mine: list[float]) -> None:
-        session = token.open()
-        operation = operations(session)[name]
-        operation()
-        ready.wait()
-        while not stop.is_set():
-            begun = time.perf_counter()
-            operation()
-            mine.append(time.perf_counter() - begun)
+    def __init__(self, token: Any, operation: str, threads: int, *, cached: bool) -> None:
+        self._token = token
+        self._name = operation
+        self._cached = cached
+        self._calls: list[list[tuple[float, float]]] = [[] for _ in range(threads)]
+        """(when it began, how long it took)"""
+        self._errors: list[str] = []
+        self._made: list[Any] = []
+        self._ready = threading.Barrier(threads + 1)
+        self._go = threading.Event()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._work, args=(calls,)) for calls in self._calls]
+
+    def _once(self, session: Any) -> Operation:
+        if self._cached:
+            return PREPARE[self._name](session)
+
+        def everything() -> object:
+            with self._token.open(rw=True) as own:
+                return PREPARE[self._name](own)()
+
+        return everything
+
+    def _work(self, calls: list[tuple[float, float]]) -> None:
+        session = self._token.open(rw=True)
+        try:
+            step = self._once(session)
+            keep = self._name.startswith("create")
+            result = step()  # what is done only once is not measured
+            if keep:
+                self._made.append(result)
+            self._ready.wait()
+            self._go.wait()
+            while not self._stop.is_set():
+                begun = time.perf_counter()
+                result = step()
+                calls.append((begun, time.perf_counter() - begun))
+                if keep:
+                    self._made.append(result)
+        except Exception as error:  # whatever it is: it is the result
+            self._errors.append(f"{type(error).__name__}: {error}")
+            self._ready.abort()
         session.close()
 
-    workers = [threading.Thread(target=work, args=(mine,)) for mine in times]
-    for worker in workers:
-        worker.start()
-    ready.wait()
-    time.sleep(seconds)
-    stop.set()
-    for worker in workers:
-        worker.join()
-    first.close()
-    return [value for mine in times for value in mine]
+    def measure(self, seconds: float) -> dict[str, Any]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            self._ready.wait()
+            print("ready", flush=True)
+            sys.stdin.readline()
+        except threading.BrokenBarrierError:
+            print("ready", flush=True)
+        begun = time.perf_counter()
+        self._go.set()
+        time.sleep(seconds)
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        ended = time.perf_counter()
+        calls = [(start - begun, took) for mine in self._calls for start, took in mine]
+        return {"calls": calls, "seconds": ended - begun, "errors": self._errors}
+
+    def tidy(self) -> None:
+        """Destroys what ``create`` made: SoftHSM grows slower with each object."""
+        if not self._made:
+            return
+        with self._token.open(rw=True) as session:
+            classes = {item.id for made in self._made for item in (made if isinstance(made, tuple) else (made,))}
+            for item in list(session.get_objects()):
+                if getattr(item, "id", None) in classes:
+                    item.destroy()
+
+
+def first_use(kind: str, arguments: list[str]) -> dict[str, Any]:
+    """Time from nothing but the imports to the first signature."""
+    __import__("hagroup.bootstrap" if kind == "group" else "pkcs11")
+    begun = time.perf_counter()
+    token = open_token(kind, arguments)
+    with token.open(user_pin=PIN) as session:
+        PREPARE["sign RSA-2048"](session)()
+        took = time.perf_counter() - begun
+    return {"calls": [(0.0, took)], "seconds": took, "errors": []}
 
 
 def main() -> None:
-    kind, path = sys.argv[1:3]
-    question = json.load(sys.stdin)
-    token = open_token(kind, path)
-    if question.get("make keys"):
-        with token.open(rw=True, user_pin=PIN) as session:
-            make_keys(session)
-        print(json.dumps({}))
-        return
-    answer = {}
-    for name in question["operations"]:
-        for threads in question["threads"]:
-            times = sorted(run(token, name, threads, question["seconds"]))
-            answer[f"{name}|{threads}"] = {
-                "rate": len(times) / question["seconds"],
-                "median": statistics.median(times),
-                "p99": times[int(len(times) * 0.99)],
-                "longest": times[-1],
-            }
-    print(json.dumps(answer))
+    kind, *arguments = sys.argv[1:]
+    token: Any = None
+    first: Any = None
+    for line in sys.stdin:
+        question = json.loads(line)
+        if question["do"] == "first use":
+            print(json.dumps(first_use(kind, arguments)), flush=True)
+            break
+        if token is None:
+            token = open_token(kind, arguments)
+            first = token.open(rw=True, user_pin=PIN)
+        if question["do"] == "make keys":
+            make_keys(first)
+            print("{}", flush=True)
+            continue
+        cell = Cell(token, question["operation"], question["threads"], cached=question["cached"])
+        found = cell.measure(question["seconds"])
+        cell.tidy()
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
