@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -36,10 +37,9 @@ class Browser:
         self._to = to
         self._messages = self._read(from_)
         self._number = 0
+        self._session: str | None = None
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session: str | None = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-
-    _session = None
+        self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
     @staticmethod
     def _read(descriptor: int) -> Iterator[dict[str, Any]]:
@@ -80,16 +80,31 @@ class Browser:
         file.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot", format="png")["data"]))
 
 
+def _high(descriptor: int) -> int:
+    """The same, out of the way of 3 and 4."""
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 20)
+    os.close(descriptor)
+    return moved
+
+
 @contextmanager
 def browser(folder: Path) -> Iterator[Browser]:
     """Chromium with a profile of its own in ``folder``."""
     program = shutil.which("chromium")
     if program is None:
         pytest.fail("no chromium: tools/test installs it")
-    its_in, our_out = os.pipe()
-    our_in, its_out = os.pipe()
-    # the browser reads from descriptor 3 and writes to 4
-    started = ["sh", "-c", f'exec "$@" 3<&{its_in} 4>&{its_out}', "sh", program, *OPTIONS, f"--user-data-dir={folder}"]
+    its_in, our_out = map(_high, os.pipe())
+    our_in, its_out = map(_high, os.pipe())
+    # the browser reads from descriptor 3 and writes to 4 (dash knows no descriptors above 9)
+    started = [
+        "bash",
+        "-c",
+        f'exec "$@" 3<&{its_in} 4>&{its_out}',
+        "bash",
+        program,
+        *OPTIONS,
+        f"--user-data-dir={folder}",
+    ]
     process = subprocess.Popen(
         started, pass_fds=(its_in, its_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
