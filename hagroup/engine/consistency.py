@@ -10,6 +10,8 @@ from hagroup.core.records import EVENT_LOG_BROKEN, Event, ObjectState, OwedKind
 from hagroup.journal.api import Journal
 
 _EVERYTHING = 2**31
+JOURNAL_REBUILT = "journal rebuilt"
+"""Kind of the event with which a journal that was made anew begins its own chain: what was wrong before is over."""
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +42,9 @@ def event_log(journal: Journal) -> list[str]:
     :raises JournalUnavailable: it cannot be read.
     """
     events = journal.events(limit=_EVERYTHING)
-    return broken_events(events) + [event.text for event in events if event.kind == EVENT_LOG_BROKEN]
+    anew = max((event.number for event in events if event.kind == JOURNAL_REBUILT), default=0)
+    said = [event.text for event in events if event.kind == EVENT_LOG_BROKEN and event.number > anew]
+    return broken_events(events) + said
 
 
 def check(journal: Journal) -> Checked:
