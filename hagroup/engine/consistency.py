@@ -36,8 +36,8 @@ def broken_events(events: list[Event], *, after: int = 0) -> list[str]:
 
 
 def event_log(journal: Journal) -> list[str]:
-    """The watchdog's question: what is wrong with the event log as a whole, now. Whoever seals it checks the seals before
-    it and says in the log itself what was wrong with them.
+    """The watchdog's question: what is wrong with the event log as a whole, now. Whoever seals it checks the seals
+    before it and says in the log itself what was wrong with them.
 
     :raises JournalUnavailable: it cannot be read.
     """
