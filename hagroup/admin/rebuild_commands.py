@@ -148,18 +148,21 @@ def _readable(config: GroupConfig) -> tuple[Former, list[Event], str] | None:
             return None
 
 
-def adopt(yes: Yes = False) -> None:
-    """Take over a journal's file that was copied or restored here. A new epoch begins: each member goes through a full
-    inventory before it serves. Nobody may use the other file any more.
+def adopt(pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False, as_json: Json = False) -> None:
+    """Take over a journal's file that was copied or restored here, as far as the members agree with it.
 
-    Where the members have seen more than the file knows, `ha-admin recover` reconciles it with them.
+    It may be older than the group, and then it would bring back what was destroyed since: so it is made anew from what
+    it knows and what the members know. Nobody may use the other file any more.
     """
     config = load(chosen_config())
     path = _sqlite(config)
-    question = f"Make {path} the journal of group {config.group.label}, in place of any other? Type the group's label"
-    if not yes and not typed(question, config.group.label):
+    if not path.exists():
+        raise ConfigurationError(f"{path} does not exist; if it was lost, run `ha-admin journal rebuild`")
+    label = config.group.label
+    question = f"Make {path} the journal of group {label}, in place of any other? Type the group's label"
+    if not yes and not typed(question, label):
         raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
-    epoch = SqliteJournal.adopt_file(path)
-    with commands.opened_journal(config) as journal:
-        journal.event("journal adopted", f"a copied or restored file; epoch {epoch}")
-    say(f"{path} is the journal now; `ha-admin recover` brings the members in")
+    former = _readable(config)
+    if former is None:
+        raise ConfigurationError(f"{path} cannot be read; `ha-admin journal rebuild` does without; nothing was changed")
+    _rebuild(config, former, [], pin=(pin_file, pin_env), as_json=as_json)

@@ -10,6 +10,8 @@ from hagroup.core.records import EVENT_LOG_BROKEN, Event, ObjectState, OwedKind
 from hagroup.journal.api import Journal
 
 _EVERYTHING = 2**31
+JOURNAL_REBUILT = "journal rebuilt"
+"""Kind of the event with which a journal that was made anew begins its own chain: what was wrong before is over."""
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,13 +36,15 @@ def broken_events(events: list[Event], *, after: int = 0) -> list[str]:
 
 
 def event_log(journal: Journal) -> list[str]:
-    """The watchdog's question: what is wrong with the event log as a whole, now. Who seals it checks the seals before
-    it and says in the log itself what was wrong with them.
+    """The watchdog's question: what is wrong with the event log as a whole, now. Whoever seals it checks the seals
+    before it and says in the log itself what was wrong with them.
 
     :raises JournalUnavailable: it cannot be read.
     """
     events = journal.events(limit=_EVERYTHING)
-    return broken_events(events) + [event.text for event in events if event.kind == EVENT_LOG_BROKEN]
+    anew = max((event.number for event in events if event.kind == JOURNAL_REBUILT), default=0)
+    said = [event.text for event in events if event.kind == EVENT_LOG_BROKEN and event.number > anew]
+    return broken_events(events) + said
 
 
 def check(journal: Journal) -> Checked:

@@ -30,6 +30,7 @@ from hagroup.core.records import (
 )
 from hagroup.engine import manifest, transport
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
+from hagroup.engine.consistency import JOURNAL_REBUILT
 from hagroup.engine.domain_keys import DomainKeys
 from hagroup.engine.login import CKU_USER, PIN_ERRORS
 from hagroup.engine.manifest import Manifest
@@ -268,7 +269,7 @@ def _stone(uid: bytes, clock: Clock) -> Tombstone:
 
 def _event(config: GroupConfig, found: Found, clock: Clock) -> Event:
     text = f"from members and manifests: {len(found.records)} objects, {len(found.doubtful)} doubtful"
-    return Event(number=0, time=clock.wall(), kind="journal rebuilt", member=None, text=text, data={})
+    return Event(number=0, time=clock.wall(), kind=JOURNAL_REBUILT, member=None, text=text, data={})
 
 
 def _label(record: ObjectRecord) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from hagroup.journal import SqliteJournal
 from tests.support import plain
 from tests.support.groups import GroupFixture, copy_group, make_group, run_client
 
@@ -34,7 +36,12 @@ def template(fast_folder: Path) -> GroupFixture:
 @pytest.fixture
 def group(template: GroupFixture, fast_folder: Path) -> Iterator[GroupFixture]:
     folder = fast_folder / "rebuild"
-    yield copy_group(template, folder)
+    copied = copy_group(template, folder)
+    for conf in folder.glob("*/softhsm2.conf"):
+        conf.write_text(conf.read_text().replace(str(template.folder), str(folder)))
+    SqliteJournal.adopt_file(folder / "journal.db")
+    assert copied.admin("sync").returncode == 0
+    yield copied
     shutil.rmtree(folder)
 
 
@@ -63,3 +70,70 @@ def test_a_lost_journal_is_rebuilt_and_the_group_replicates_again(group: GroupFi
     again = group.admin("journal", "rebuild")
     assert again.returncode == 2 and "nothing was changed" in again.stderr
     assert group.admin("verify").returncode == 0
+
+
+def test_a_journal_that_was_put_back_changes_nothing_until_it_is_reconciled(group: GroupFixture) -> None:
+    """A backup of the file is put back after a key was made, and another one destroyed."""
+    journal = group.folder / "journal.db"
+    kept = group.folder / "kept.db"
+    source, target = sqlite3.connect(journal), sqlite3.connect(kept)
+    source.backup(target)
+    source.close()
+    target.close()
+    run_client(
+        group,
+        'session.generate_key(KeyType.AES, 256, store=True, label="later")\n'
+        'next(iter(session.get_objects({Attribute.LABEL: "key 0"}))).destroy()\n',
+    )
+    assert group.admin("sync").returncode == 0
+    source, target = sqlite3.connect(kept), sqlite3.connect(journal)
+    source.backup(target)  # into the very file: only the members' manifests can tell
+    source.close()
+    target.close()
+
+    program = (
+        "import hagroup\n"
+        "try:\n"
+        '    session.generate_key(KeyType.AES, 256, store=True, label="never")\n'
+        "except hagroup.HAError as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    told = run_client(group, program)
+    assert "no change is made until `ha-admin recover`" in told, told
+    assert group.admin("recover").returncode == 2
+    done = group.admin("recover", "--yes")
+    assert "'key 0'" in done.stdout and "doubtful" in done.stdout, done.stdout + done.stderr
+    group.admin("sync")
+    assert run_client(group, _LIST).strip() == str(sorted([*_NAMES, "later"][1:]))
+    for name in group.members:
+        assert sorted(plain.labels(group.members[name])) == sorted([*_NAMES, "later"][1:])
+
+
+def test_what_one_member_alone_still_has_is_neither_served_nor_destroyed(group: GroupFixture) -> None:
+    group.stop("hsm2")
+    run_client(group, 'next(iter(session.get_objects({Attribute.LABEL: "key 0"}))).destroy()\n')
+    group.bring_back("hsm2")
+    lose(group)
+    done = group.admin("journal", "rebuild", "--json")
+    assert done.returncode == 1, done.stderr + done.stdout
+    (doubtful,) = json.loads(done.stdout)["doubtful"]
+    assert doubtful["label"] == "key 0"
+    assert group.admin("sync").returncode == 0
+    assert run_client(group, _LIST).strip() == str(_NAMES[1:])
+    assert "key 0" in plain.labels(group.members["hsm2"])
+    assert "key 0" not in plain.labels(group.members["hsm1"])
+
+
+def test_a_copy_is_refused_until_it_is_adopted(group: GroupFixture) -> None:
+    journal, copy = group.folder / "journal.db", group.folder / "copy.db"
+    run_client(group, 'next(iter(session.get_objects({Attribute.LABEL: "key 0"}))).destroy()\n')
+    shutil.copy(journal, copy)
+    journal.unlink()
+    copy.rename(journal)
+    refused = group.admin("sync")
+    assert refused.returncode == 2 and "journal adopt" in refused.stderr and "is not the file" in refused.stderr
+    assert "not confirmed" in group.admin("journal", "adopt").stderr
+    done = group.admin("journal", "adopt", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert group.admin("sync").returncode == 0
+    assert run_client(group, _LIST).strip() == str(_NAMES[1:])
