@@ -118,7 +118,7 @@ class Client:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            sys.exit("a process of the measurement failed; see above")
+            sys.exit(f"a process of the measurement failed with exit status {self._process.wait()}; see above")
         return line.strip()
 
     def answer(self) -> dict[str, Any]:
