@@ -62,3 +62,14 @@ def test_what_cannot_be_is_refused_with_a_sentence(tmp_path: Path) -> None:
         done = call(command, *arguments)
         assert done.returncode != 0
         assert sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_full_journal_decides_as_quickly(tmp_path: Path) -> None:
+    """Status, admission, search, changes and a member's resync take the same steps among 100 objects and 10,000."""
+    results = tmp_path / "journal.json"
+    done = call("journal", "--objects", "100,10000", "--json", results)
+    assert done.returncode == 0, done.stderr
+    few, many = json.loads(results.read_text()).values()
+    assert len(few) == 5
+    for name, found in many.items():
+        assert 0 < found["steps"] <= 2 * few[name]["steps"], (name, found, few[name])

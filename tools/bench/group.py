@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,18 @@ from faultcontrol import FaultControl  # noqa: E402
 SOFTHSM = "/usr/lib/softhsm/libsofthsm2.so"
 DISTURBED = 1
 """Number of the member that something is done to: the second, where there is one."""
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder in memory where there is one; it goes whatever ends the program, SIGTERM too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    base = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="hagroup-bench-", dir=base if base.is_dir() else None))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Network:
@@ -118,7 +134,7 @@ class Client:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            sys.exit("a process of the measurement failed; see above")
+            sys.exit(f"a process of the measurement failed with exit status {self._process.wait()}; see above")
         return line.strip()
 
     def answer(self) -> dict[str, Any]:

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from group import SOFTHSM, Group
+from group import SOFTHSM, Group, scratch
 from operations import PIN, PREPARE, make_keys
 from pkcs11 import Mechanism, ObjectClass
 from worker import open_token
@@ -83,9 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/bench/layers", description=__doc__)
     parser.add_argument("--rounds", type=int, default=300, help="of 20 calls at each layer (default 300)")
     options = parser.parse_args()
-    base = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="hagroup-bench-", dir=base if base.is_dir() else None))
-    try:
+    with scratch() as folder:
         for isolation in ("none", "process"):
             group = Group(folder / isolation, 2, isolation, faults=False, journal="sqlite:journal.db")
             token = hagroup.lib(group.toml).get_token(token_label="bench")
@@ -93,8 +88,6 @@ def main() -> None:
                 make_keys(session)
                 found = measure(layers(session, isolation) | plain(group), options.rounds)
             show(isolation, found)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def show(isolation: str, found: dict[str, float]) -> None:

@@ -6,13 +6,11 @@ import argparse
 import json
 import os
 import platform
-import shutil
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
-from group import Client, Group, Network
+from group import Client, Group, Network, scratch
 from operations import FIRST_USE, PREPARE
 from results import Row, show, summary
 
@@ -73,12 +71,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    base = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="hagroup-bench-", dir=base if base.is_dir() else None))
-    try:
+    with scratch() as folder:
         rows = [row for members in options.members for row in Measurement(folder, members, options).run()]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     found = {"machine": machine(), "results": rows}
     print(found["machine"])
     show(rows, options.network)
