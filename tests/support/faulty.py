@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -161,7 +162,8 @@ class FaultGroup:
             return labels if len(manifests) == len(labels) else None
 
         for name, found in wait_until(read, "one manifest on each member").items():
-            assert sorted(label for label in found if not _is_manifest(label)) == sorted(wanted), name
+            there = Counter(label for label in found if not _is_manifest(label))
+            assert there == Counter(wanted), f"{name} has {there - Counter(wanted)}, lacks {Counter(wanted) - there}"
 
 
 def _is_manifest(label: str) -> bool:
