@@ -82,12 +82,12 @@ def _rebuild(
     if as_json:
         print_json(done)
     else:
-        _show(done)
+        show(done)
     if done.doubtful or done.not_replicable or done.away:
         raise typer.Exit(DEGRADED)
 
 
-def _show(done: rebuilding.Rebuilt) -> None:
+def show(done: rebuilding.Rebuilt) -> None:
     say(f"the journal was rebuilt: {done.objects} objects, {done.tombstones} tombstones")
     for name, text in done.members.items():
         say(f"member {name}: {text}")

@@ -40,6 +40,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Number of the last event that the event log's seal covered; 0: none (or written by an earlier hagroup)."""
     head: bytes = b""
     """Of its hash chain, there."""
+    revision: int = 0
+    """Of the membership that ``members`` shows; 0: written by an earlier hagroup."""
 
     @property
     def order(self) -> tuple[str, int, int, int]:
@@ -67,6 +69,7 @@ def compose(group: GroupRecord, members: dict[str, MemberRecord], *, low: int, h
         high=high,
         sealed=0 if group.seal is None else group.seal.number,
         head=b"" if group.seal is None else group.seal.head,
+        revision=group.membership_revision,
     )
 
 

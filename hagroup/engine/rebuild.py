@@ -6,8 +6,7 @@ through a full inventory before it serves.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
@@ -28,8 +27,9 @@ from hagroup.core.records import (
     ObjectState,
     Tombstone,
 )
-from hagroup.engine import manifest, transport
+from hagroup.engine import configuration, manifest, transport
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
+from hagroup.engine.configuration import Configuration
 from hagroup.engine.consistency import JOURNAL_REBUILT
 from hagroup.engine.domain_keys import DomainKeys
 from hagroup.engine.login import CKU_USER, PIN_ERRORS
@@ -73,10 +73,13 @@ class Rebuilt(msgspec.Struct, frozen=True, kw_only=True):
     """Where the journal that was there is now."""
 
 
-class _Reached(msgspec.Struct, frozen=True, kw_only=True):
+class Reached(msgspec.Struct, frozen=True, kw_only=True):
+    """A member that was logged in to, and knows a group."""
+
     life: Life
     keys: DomainKeys
     manifest: Manifest
+    configuration: Configuration | None
     records: list[ObjectRecord]
 
 
@@ -108,23 +111,27 @@ def rebuild(
     """
     if not isinstance(config.journal.url, SqliteUrl):
         raise ConfigurationError(f"{config.path}: [journal] url {config.journal.url}: this is no journal on this host")
-    reached: dict[str, _Reached] = {}
+    reached: dict[str, Reached] = {}
     away: dict[str, str] = {}
     timeout = config.timeouts.generate
     try:
         for member in config.members:  # one after the other: a wrong PIN must not be tried on a second member
-            one = _reach(member, pins[member.name], timeout=timeout)
+            one = reach(member, pins[member.name], timeout=timeout)
             if isinstance(one, str):
                 away[member.name] = one
             else:
                 reached[member.name] = one
-        return _rebuild(config, config.journal.url.path, reached, away, former, keep, clock)
+        return rebuild_from(config, reached, away, former=former, keep=keep, clock=clock)
     finally:
         for one in reached.values():
             one.life.connection.close()
 
 
-def _reach(member: MemberConfig, pin: Pin, *, timeout: float) -> _Reached | str:
+def reach(member: MemberConfig, pin: Pin, *, timeout: float) -> Reached | str:
+    """What a member knows of its group; why it tells nothing.
+
+    :raises ConfigurationError: it refused the PIN (one attempt).
+    """
     life: Life | None = None
     done = False
     try:
@@ -137,9 +144,10 @@ def _reach(member: MemberConfig, pin: Pin, *, timeout: float) -> _Reached | str:
         shown = manifest.read(life.connection, keys, timeout=timeout)
         if shown is None:
             return "it has no manifest of a group"
+        text = configuration.read(life.connection, keys, timeout=timeout)
         records = list(stored_records(life.connection, keys, timeout=timeout))
         done = True
-        return _Reached(life=life, keys=keys, manifest=shown, records=records)
+        return Reached(life=life, keys=keys, manifest=shown, configuration=text, records=records)
     except Ckr as error:
         if error.rv in PIN_ERRORS:
             raise ConfigurationError(
@@ -154,15 +162,18 @@ def _reach(member: MemberConfig, pin: Pin, *, timeout: float) -> _Reached | str:
             life.connection.close()
 
 
-def _rebuild(
+def rebuild_from(
     config: GroupConfig,
-    path: Path,
-    reached: dict[str, _Reached],
+    reached: dict[str, Reached],
     away: dict[str, str],
+    *,
     former: tuple[Former, list[Event], str] | None,
     keep: Collection[bytes],
     clock: Clock,
 ) -> Rebuilt:
+    """:func:`rebuild`, from members that were reached."""
+    assert isinstance(config.journal.url, SqliteUrl)
+    path = config.journal.url.path
     newest = _newest(config, reached, away)
     _same_domain(config, reached)
     mirrored, destroyed = ([], []) if config.journal.mirror is None else Mirror(config.journal.mirror).read()
@@ -215,7 +226,17 @@ def _rebuild(
     )
 
 
-def _newest(config: GroupConfig, reached: Mapping[str, _Reached], away: Mapping[str, str]) -> Manifest:
+def newest_of(reached: Iterable[Reached]) -> Manifest:
+    """The highest manifest, with the newest membership that any of them or of the configurations shows."""
+    found = list(reached)
+    newest = max((one.manifest for one in found), key=lambda shown: shown.order)
+    shown: list[Manifest | Configuration] = [one.manifest for one in found]
+    shown += [one.configuration for one in found if one.configuration is not None]
+    members = max(shown, key=lambda one: (one.group == newest.group, one.epoch, one.revision, one is newest)).members
+    return msgspec.structs.replace(newest, members=members)
+
+
+def _newest(config: GroupConfig, reached: Mapping[str, Reached], away: Mapping[str, str]) -> Manifest:
     if not reached:
         why = "; ".join(f"{name}: {reason}" for name, reason in away.items())
         raise GroupUnavailable(f"no member that knows the group answered ({why}); nothing was changed")
@@ -225,7 +246,7 @@ def _newest(config: GroupConfig, reached: Mapping[str, _Reached], away: Mapping[
                 f'member "{name}" belongs to group {one.manifest.label} ({one.manifest.group}), and {config.path} is '
                 f"of group {config.group.label} ({config.group.serial}); nothing was changed"
             )
-    newest = max((one.manifest for one in reached.values()), key=lambda found: found.order)
+    newest = newest_of(reached.values())
     configured = {member.name for member in config.members}
     for name, serial in newest.members.items():
         if name not in configured:
@@ -243,7 +264,7 @@ def _newest(config: GroupConfig, reached: Mapping[str, _Reached], away: Mapping[
     return newest
 
 
-def _same_domain(config: GroupConfig, reached: Mapping[str, _Reached]) -> None:
+def _same_domain(config: GroupConfig, reached: Mapping[str, Reached]) -> None:
     """:raises DomainMismatch: the members do not share both secrets."""
     wraps = {member.name: member.wrap_mechanism for member in config.members}
     sides = [
@@ -257,7 +278,7 @@ def _same_domain(config: GroupConfig, reached: Mapping[str, _Reached]) -> None:
             raise DomainMismatch(f"{error}; nothing was changed") from error
 
 
-def _evidence(one: _Reached) -> Evidence:
+def _evidence(one: Reached) -> Evidence:
     return Evidence(epoch=one.manifest.epoch, seen=max(one.manifest.high, one.manifest.low), records=one.records)
 
 
@@ -276,9 +297,7 @@ def _label(record: ObjectRecord) -> str:
     return record.attributes.get(CKA.LABEL, b"").decode(errors="replace")
 
 
-def _members(
-    config: GroupConfig, reached: Mapping[str, _Reached], newest: Manifest, clock: Clock
-) -> list[MemberRecord]:
+def _members(config: GroupConfig, reached: Mapping[str, Reached], newest: Manifest, clock: Clock) -> list[MemberRecord]:
     timeout = config.timeouts.generate
     records = []
     for member in config.members:
@@ -302,7 +321,7 @@ def _members(
     return records
 
 
-def _not_replicable(reached: Mapping[str, _Reached], found: Found, *, timeout: float) -> list[str]:
+def _not_replicable(reached: Mapping[str, Reached], found: Found, *, timeout: float) -> list[str]:
     """Keys that no envelope is known of, and objects on the tokens that no record tells of."""
     told = [
         f"key {_label(record)!r} ({record.uid.hex()}): its record has no envelope"
@@ -318,7 +337,7 @@ def _not_replicable(reached: Mapping[str, _Reached], found: Found, *, timeout: f
     return told
 
 
-def _unknown(newest: Manifest, reached: Mapping[str, _Reached], more: bool) -> list[str]:
+def _unknown(newest: Manifest, reached: Mapping[str, Reached], more: bool) -> list[str]:
     told = [
         f"what only {name} holds is not known, nor what was destroyed while it was away"
         for name in newest.members

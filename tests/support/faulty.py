@@ -153,9 +153,10 @@ class FaultGroup:
         wanted += ["hagroup domain key", "hagroup member key", "hagroup partition key"]
         for name, found in self.labels(own=True).items():
             manifests = [label for label in found if label.startswith("hagroup:manifest")]
-            assert len(manifests) == 1, f"{name}: {manifests}"
-            assert sorted(set(found) - set(manifests)) == sorted(set(wanted)), name
-            assert len(found) == len(wanted) + 1, name
+            configurations = [label for label in found if label.startswith("hagroup:configuration")]
+            assert len(manifests) == len(configurations) == 1, f"{name}: {manifests} {configurations}"
+            assert sorted(set(found) - {*manifests, *configurations}) == sorted(set(wanted)), name
+            assert len(found) == len(wanted) + 2, name
 
 
 def engine(session: Any) -> Any:
