@@ -59,8 +59,8 @@ def join(
 ) -> None:
     """Bring this host to a group that there is, from one member's address and the PIN.
 
-    The rest comes from the members: the configuration file is written. A journal for several hosts is used as it is; one
-    of a single host is made anew from what the members hold, and the host that had it must not use it any more.
+    The rest comes from the members: the configuration file is written. A journal for several hosts is used as it is;
+    one of a single host is made anew from what the members hold, and the host that had it must not use it any more.
     Programs then log in with the PIN; members get `pin` sources by --member-pin-file, or by hand.
     """
     path = Path(os.path.abspath(chosen_config()))

@@ -6,7 +6,10 @@ through a full inventory before it serves.
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 import msgspec
 
@@ -43,7 +46,7 @@ from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable,
 from hagroup.journal import SqliteJournal
 from hagroup.journal.api import Contents, Journal
 from hagroup.journal.mirror import Mirror
-from hagroup.journal.sqlite import set_aside
+from hagroup.journal.sqlite import fold, set_aside
 from hagroup.members import ModuleProblem
 
 log = get_logger(__name__)
@@ -103,7 +106,8 @@ def rebuild(
     keep: Collection[bytes],
     clock: Clock,
 ) -> Rebuilt:
-    """Make the journal. One that is there is moved aside, as the last step but one; interrupted, nothing is lost.
+    """Make the journal. One that is there is kept under another name: what it knows can be read until the new one takes
+    its place, so that after an interruption the same call comes to the same.
 
     :param keep: UIDs of doubtful objects that are taken over all the same.
     :raises GroupUnavailable: no member that knows the group answered.
@@ -194,15 +198,17 @@ def rebuild_from(
         tombstones=stones,
         events=[*events, _event(config, found, clock)],
     )
-    not_replicable = _not_replicable(reached, found, timeout=config.timeouts.generate)
+    not_replicable = _not_replicable(reached, found, stones, timeout=config.timeouts.generate)
     first, one = next((name, one) for name, one in reached.items() if name in newest.members)
     reference = reference_envelope(one.life.connection, one.keys, timeout=config.timeouts.generate)
     members = _members(config, reached, newest, clock)
-    aside = None
-    if path.exists() or path.with_name(f"{path.name}-wal").exists():
-        aside = set_aside(path, f"replaced-{int(clock.wall())}")
+    aside = _aside(path, clock)
+    readable = former is not None and aside is not None and fold(path)
+    if aside is not None and not readable:
+        set_aside(path, aside)
     SqliteJournal.create(
         path,
+        aside=aside if readable else None,
         label=newest.label,
         serial=newest.group,
         members=members,
@@ -224,6 +230,15 @@ def rebuild_from(
         unknown=_unknown(newest, reached, former is not None or config.journal.mirror is not None),
         aside=None if aside is None else str(aside),
     )
+
+
+def _aside(path: Path, clock: Clock) -> Path | None:
+    """Where the journal that is there goes; None: there is none."""
+    if not path.exists() and not Path(f"{path}-wal").exists():
+        return None
+    first = f"{path}.replaced-{int(clock.wall())}"
+    names = itertools.chain([first], (f"{first}.{number}" for number in itertools.count(2)))
+    return next(Path(name) for name in names if not os.path.lexists(name))
 
 
 def newest_of(reached: Iterable[Reached]) -> Manifest:
@@ -321,14 +336,17 @@ def _members(config: GroupConfig, reached: Mapping[str, Reached], newest: Manife
     return records
 
 
-def _not_replicable(reached: Mapping[str, Reached], found: Found, *, timeout: float) -> list[str]:
-    """Keys that no envelope is known of, and objects on the tokens that no record tells of."""
+def _not_replicable(
+    reached: Mapping[str, Reached], found: Found, stones: Iterable[Tombstone], *, timeout: float
+) -> list[str]:
+    """Keys that no envelope is known of, and objects on the tokens that neither a record nor a tombstone tells of."""
     told = [
         f"key {_label(record)!r} ({record.uid.hex()}): its record has no envelope"
         for record in found.records
         if record.envelope is None and record.object_class in _KEYS
     ]
     known = {record.locator for record in [*found.records, *(record for record, _ in found.doubtful)]}
+    known.update(locator for stone in stones for locator in stone.locators)
     for name, one in reached.items():
         for entry in inventory(one.life.connection, timeout=timeout):
             if not (entry.own or entry.ghost or entry.locator in known):
