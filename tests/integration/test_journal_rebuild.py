@@ -174,7 +174,9 @@ def test_killed_anywhere_the_same_command_completes_it(
         told = json.loads(again.stdout)
         assert (told["objects"], told["tombstones"], told["doubtful"]) == (3, 2, []), step
         left = {path.name.partition("replaced")[0] for path in folder.iterdir() if "journal" in path.name}
-        assert left <= {"journal.db", "journal.db.", "journal.db.view", ".journal.db.locks"}, f"killed before change {step}: {left}"
+        assert left <= {"journal.db", "journal.db.", "journal.db.view", ".journal.db.locks"}, (
+            f"killed before change {step}: {left}"
+        )
         if done.returncode != -signal.SIGKILL:
             break
         shutil.rmtree(folder)
