@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +35,7 @@ from hagroup.engine import rebuild as rebuilding
 from hagroup.errors import ConfigurationError, HAError, JournalUnavailable
 from hagroup.journal import SqliteJournal, open_journal
 from hagroup.journal.clock import SystemClock
+from hagroup.journal.sqlite import tidy
 
 Keep = Annotated[
     list[str] | None, typer.Option("--keep", metavar="UID", help="take this doubtful object over all the same")
@@ -47,8 +51,13 @@ def rebuild(
     Then every member goes through a full inventory before it serves. Interrupted, the same command completes it.
     """
     config = load(chosen_config())
-    _refuse_if_well(config, yes=yes)
-    _rebuild(config, _readable(config), keep or [], pin=(pin_file, pin_env), as_json=as_json)
+    with _alone(config):
+        if config.group.serial is None and (serial := _serial(config)) is not None:
+            set_group_serial(config.path, serial)
+            say(f"the journal {config.journal.url} is there and well; its serial number {serial} is written")
+            return
+        _refuse_if_well(config, yes=yes)
+        _rebuild(config, _readable(config), keep or [], pin=(pin_file, pin_env), as_json=as_json)
 
 
 def reconcile(behind: str, *, pin: PinOptions, yes: bool) -> None:
@@ -60,7 +69,8 @@ def reconcile(behind: str, *, pin: PinOptions, yes: bool) -> None:
     )
     if not yes and not typed(question, config.group.label):
         raise ConfigurationError(f"{behind}; not confirmed (give --yes in scripts); nothing was changed")
-    _rebuild(config, _readable(config), [], pin=pin, as_json=False)
+    with _alone(config):
+        _rebuild(config, _readable(config), [], pin=pin, as_json=False)
 
 
 def _rebuild(
@@ -82,12 +92,12 @@ def _rebuild(
     if as_json:
         print_json(done)
     else:
-        _show(done)
+        show(done)
     if done.doubtful or done.not_replicable or done.away:
         raise typer.Exit(DEGRADED)
 
 
-def _show(done: rebuilding.Rebuilt) -> None:
+def show(done: rebuilding.Rebuilt) -> None:
     say(f"the journal was rebuilt: {done.objects} objects, {done.tombstones} tombstones")
     for name, text in done.members.items():
         say(f"member {name}: {text}")
@@ -108,6 +118,43 @@ def _sqlite(config: GroupConfig) -> Path:
     if not isinstance(config.journal.url, SqliteUrl):
         raise ConfigurationError(f"{config.path}: [journal] url {config.journal.url}: this is no journal on this host")
     return config.journal.url.path
+
+
+@contextmanager
+def _alone(config: GroupConfig) -> Iterator[None]:
+    """One at a time makes the journal anew; what one that was cut off left is removed."""
+    path = _sqlite(config)
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigurationError(f"{path.parent}: {error.strerror}; nothing was changed") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        tidy(path)
+        for left in path.parent.glob(f".{path.name}.reading-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    except BlockingIOError:
+        raise ConfigurationError(
+            f"another ha-admin is making the journal {path} anew just now: wait for its end; nothing was changed"
+        ) from None
+    finally:
+        os.close(folder)
+
+
+def _serial(config: GroupConfig) -> str | None:
+    """Of the group whose well journal is there: an earlier attempt was cut off just before it was written."""
+    if not _sqlite(config).exists():
+        return None
+    try:
+        journal = open_journal(str(config.journal.url), clock=SystemClock())
+    except HAError:
+        return None
+    try:
+        found = journal.group()
+        return found.serial if found.label == config.group.label else None
+    finally:
+        journal.close()
 
 
 def _refuse_if_well(config: GroupConfig, *, yes: bool) -> None:
@@ -162,7 +209,10 @@ def adopt(pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False, as
     question = f"Make {path} the journal of group {label}, in place of any other? Type the group's label"
     if not yes and not typed(question, label):
         raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
-    former = _readable(config)
-    if former is None:
-        raise ConfigurationError(f"{path} cannot be read; `ha-admin journal rebuild` does without; nothing was changed")
-    _rebuild(config, former, [], pin=(pin_file, pin_env), as_json=as_json)
+    with _alone(config):
+        former = _readable(config)
+        if former is None:
+            raise ConfigurationError(
+                f"{path} cannot be read; `ha-admin journal rebuild` does without; nothing was changed"
+            )
+        _rebuild(config, former, [], pin=(pin_file, pin_env), as_json=as_json)

@@ -6,7 +6,9 @@ through a full inventory before it serves.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import itertools
+import os
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -28,8 +30,9 @@ from hagroup.core.records import (
     ObjectState,
     Tombstone,
 )
-from hagroup.engine import manifest, transport
+from hagroup.engine import configuration, manifest, transport
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
+from hagroup.engine.configuration import Configuration
 from hagroup.engine.consistency import JOURNAL_REBUILT
 from hagroup.engine.domain_keys import DomainKeys
 from hagroup.engine.login import CKU_USER, PIN_ERRORS
@@ -43,7 +46,7 @@ from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable,
 from hagroup.journal import SqliteJournal
 from hagroup.journal.api import Contents, Journal
 from hagroup.journal.mirror import Mirror
-from hagroup.journal.sqlite import set_aside
+from hagroup.journal.sqlite import fold, set_aside
 from hagroup.members import ModuleProblem
 
 log = get_logger(__name__)
@@ -73,10 +76,13 @@ class Rebuilt(msgspec.Struct, frozen=True, kw_only=True):
     """Where the journal that was there is now."""
 
 
-class _Reached(msgspec.Struct, frozen=True, kw_only=True):
+class Reached(msgspec.Struct, frozen=True, kw_only=True):
+    """A member that was logged in to, and knows a group."""
+
     life: Life
     keys: DomainKeys
     manifest: Manifest
+    configuration: Configuration | None
     records: list[ObjectRecord]
 
 
@@ -100,7 +106,8 @@ def rebuild(
     keep: Collection[bytes],
     clock: Clock,
 ) -> Rebuilt:
-    """Make the journal. One that is there is moved aside, as the last step but one; interrupted, nothing is lost.
+    """Make the journal. One that is there is kept under another name: what it knows can be read until the new one takes
+    its place, so that after an interruption the same call comes to the same.
 
     :param keep: UIDs of doubtful objects that are taken over all the same.
     :raises GroupUnavailable: no member that knows the group answered.
@@ -108,23 +115,27 @@ def rebuild(
     """
     if not isinstance(config.journal.url, SqliteUrl):
         raise ConfigurationError(f"{config.path}: [journal] url {config.journal.url}: this is no journal on this host")
-    reached: dict[str, _Reached] = {}
+    reached: dict[str, Reached] = {}
     away: dict[str, str] = {}
     timeout = config.timeouts.generate
     try:
         for member in config.members:  # one after the other: a wrong PIN must not be tried on a second member
-            one = _reach(member, pins[member.name], timeout=timeout)
+            one = reach(member, pins[member.name], timeout=timeout)
             if isinstance(one, str):
                 away[member.name] = one
             else:
                 reached[member.name] = one
-        return _rebuild(config, config.journal.url.path, reached, away, former, keep, clock)
+        return rebuild_from(config, reached, away, former=former, keep=keep, clock=clock)
     finally:
         for one in reached.values():
             one.life.connection.close()
 
 
-def _reach(member: MemberConfig, pin: Pin, *, timeout: float) -> _Reached | str:
+def reach(member: MemberConfig, pin: Pin, *, timeout: float) -> Reached | str:
+    """What a member knows of its group; why it tells nothing.
+
+    :raises ConfigurationError: it refused the PIN (one attempt).
+    """
     life: Life | None = None
     done = False
     try:
@@ -137,9 +148,10 @@ def _reach(member: MemberConfig, pin: Pin, *, timeout: float) -> _Reached | str:
         shown = manifest.read(life.connection, keys, timeout=timeout)
         if shown is None:
             return "it has no manifest of a group"
+        text = configuration.read(life.connection, keys, timeout=timeout)
         records = list(stored_records(life.connection, keys, timeout=timeout))
         done = True
-        return _Reached(life=life, keys=keys, manifest=shown, records=records)
+        return Reached(life=life, keys=keys, manifest=shown, configuration=text, records=records)
     except Ckr as error:
         if error.rv in PIN_ERRORS:
             raise ConfigurationError(
@@ -154,15 +166,18 @@ def _reach(member: MemberConfig, pin: Pin, *, timeout: float) -> _Reached | str:
             life.connection.close()
 
 
-def _rebuild(
+def rebuild_from(
     config: GroupConfig,
-    path: Path,
-    reached: dict[str, _Reached],
+    reached: dict[str, Reached],
     away: dict[str, str],
+    *,
     former: tuple[Former, list[Event], str] | None,
     keep: Collection[bytes],
     clock: Clock,
 ) -> Rebuilt:
+    """:func:`rebuild`, from members that were reached."""
+    assert isinstance(config.journal.url, SqliteUrl)
+    path = config.journal.url.path
     newest = _newest(config, reached, away)
     _same_domain(config, reached)
     mirrored, destroyed = ([], []) if config.journal.mirror is None else Mirror(config.journal.mirror).read()
@@ -183,15 +198,17 @@ def _rebuild(
         tombstones=stones,
         events=[*events, _event(config, found, clock)],
     )
-    not_replicable = _not_replicable(reached, found, timeout=config.timeouts.generate)
+    not_replicable = _not_replicable(reached, found, stones, timeout=config.timeouts.generate)
     first, one = next((name, one) for name, one in reached.items() if name in newest.members)
     reference = reference_envelope(one.life.connection, one.keys, timeout=config.timeouts.generate)
     members = _members(config, reached, newest, clock)
-    aside = None
-    if path.exists() or path.with_name(f"{path.name}-wal").exists():
-        aside = set_aside(path, f"replaced-{int(clock.wall())}")
+    aside = _aside(path, clock)
+    readable = former is not None and aside is not None and fold(path)
+    if aside is not None and not readable:
+        set_aside(path, aside)
     SqliteJournal.create(
         path,
+        aside=aside if readable else None,
         label=newest.label,
         serial=newest.group,
         members=members,
@@ -215,7 +232,26 @@ def _rebuild(
     )
 
 
-def _newest(config: GroupConfig, reached: Mapping[str, _Reached], away: Mapping[str, str]) -> Manifest:
+def _aside(path: Path, clock: Clock) -> Path | None:
+    """Where the journal that is there goes; None: there is none."""
+    if not path.exists() and not Path(f"{path}-wal").exists():
+        return None
+    first = f"{path}.replaced-{int(clock.wall())}"
+    names = itertools.chain([first], (f"{first}.{number}" for number in itertools.count(2)))
+    return next(Path(name) for name in names if not os.path.lexists(name))
+
+
+def newest_of(reached: Iterable[Reached]) -> Manifest:
+    """The highest manifest, with the newest membership that any of them or of the configurations shows."""
+    found = list(reached)
+    newest = max((one.manifest for one in found), key=lambda shown: shown.order)
+    shown: list[Manifest | Configuration] = [one.manifest for one in found]
+    shown += [one.configuration for one in found if one.configuration is not None]
+    members = max(shown, key=lambda one: (one.group == newest.group, one.epoch, one.revision, one is newest)).members
+    return msgspec.structs.replace(newest, members=members)
+
+
+def _newest(config: GroupConfig, reached: Mapping[str, Reached], away: Mapping[str, str]) -> Manifest:
     if not reached:
         why = "; ".join(f"{name}: {reason}" for name, reason in away.items())
         raise GroupUnavailable(f"no member that knows the group answered ({why}); nothing was changed")
@@ -225,7 +261,7 @@ def _newest(config: GroupConfig, reached: Mapping[str, _Reached], away: Mapping[
                 f'member "{name}" belongs to group {one.manifest.label} ({one.manifest.group}), and {config.path} is '
                 f"of group {config.group.label} ({config.group.serial}); nothing was changed"
             )
-    newest = max((one.manifest for one in reached.values()), key=lambda found: found.order)
+    newest = newest_of(reached.values())
     configured = {member.name for member in config.members}
     for name, serial in newest.members.items():
         if name not in configured:
@@ -243,7 +279,7 @@ def _newest(config: GroupConfig, reached: Mapping[str, _Reached], away: Mapping[
     return newest
 
 
-def _same_domain(config: GroupConfig, reached: Mapping[str, _Reached]) -> None:
+def _same_domain(config: GroupConfig, reached: Mapping[str, Reached]) -> None:
     """:raises DomainMismatch: the members do not share both secrets."""
     wraps = {member.name: member.wrap_mechanism for member in config.members}
     sides = [
@@ -257,7 +293,7 @@ def _same_domain(config: GroupConfig, reached: Mapping[str, _Reached]) -> None:
             raise DomainMismatch(f"{error}; nothing was changed") from error
 
 
-def _evidence(one: _Reached) -> Evidence:
+def _evidence(one: Reached) -> Evidence:
     return Evidence(epoch=one.manifest.epoch, seen=max(one.manifest.high, one.manifest.low), records=one.records)
 
 
@@ -276,9 +312,7 @@ def _label(record: ObjectRecord) -> str:
     return record.attributes.get(CKA.LABEL, b"").decode(errors="replace")
 
 
-def _members(
-    config: GroupConfig, reached: Mapping[str, _Reached], newest: Manifest, clock: Clock
-) -> list[MemberRecord]:
+def _members(config: GroupConfig, reached: Mapping[str, Reached], newest: Manifest, clock: Clock) -> list[MemberRecord]:
     timeout = config.timeouts.generate
     records = []
     for member in config.members:
@@ -302,14 +336,17 @@ def _members(
     return records
 
 
-def _not_replicable(reached: Mapping[str, _Reached], found: Found, *, timeout: float) -> list[str]:
-    """Keys that no envelope is known of, and objects on the tokens that no record tells of."""
+def _not_replicable(
+    reached: Mapping[str, Reached], found: Found, stones: Iterable[Tombstone], *, timeout: float
+) -> list[str]:
+    """Keys that no envelope is known of, and objects on the tokens that neither a record nor a tombstone tells of."""
     told = [
         f"key {_label(record)!r} ({record.uid.hex()}): its record has no envelope"
         for record in found.records
         if record.envelope is None and record.object_class in _KEYS
     ]
     known = {record.locator for record in [*found.records, *(record for record, _ in found.doubtful)]}
+    known.update(locator for stone in stones for locator in stone.locators)
     for name, one in reached.items():
         for entry in inventory(one.life.connection, timeout=timeout):
             if not (entry.own or entry.ghost or entry.locator in known):
@@ -318,7 +355,7 @@ def _not_replicable(reached: Mapping[str, _Reached], found: Found, *, timeout: f
     return told
 
 
-def _unknown(newest: Manifest, reached: Mapping[str, _Reached], more: bool) -> list[str]:
+def _unknown(newest: Manifest, reached: Mapping[str, Reached], more: bool) -> list[str]:
     told = [
         f"what only {name} holds is not known, nor what was destroyed while it was away"
         for name in newest.members

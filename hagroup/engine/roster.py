@@ -268,6 +268,7 @@ class Roster:
         return any(
             (member.busy and not member.serving)
             or member.learning
+            or member.about_to_be_resynced
             or member.state is State.SUSPECT
             or (member.state in (State.JOINING, State.FAILED) and member.next_attempt <= soon)
             for member in ([only] if only is not None else self.members.values())

@@ -13,6 +13,7 @@ from hagroup.config import logging
 from hagroup.core.clock import Clock
 from hagroup.core.records import OBJECT_MISSING, WATCHDOG, Membership, Observation, OwedKind
 from hagroup.core.states import State
+from hagroup.engine.configuration import Keeper
 from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Replicator
 from hagroup.engine.resync import Resync
@@ -70,6 +71,7 @@ class Supervisor:
         self._clock = clock
         self.resync = Resync(roster, view, journal, replicator, clock)
         self.sealer = Sealer(roster, view, journal, clock)
+        self.keeper = Keeper(roster, view, journal)
         self._event = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="hagroup-supervisor", daemon=True)
@@ -132,6 +134,7 @@ class Supervisor:
             self.wake()  # members may owe something by it
         if self.sealer.due():
             self._roster.submit(self.sealer.seal)
+            self._roster.submit(self.keeper.keep)
 
     def _heed_observations(self) -> None:
         """Others saw a member fail: look for ourselves. Never more than that: their own workers may be the broken part
@@ -170,11 +173,14 @@ class Supervisor:
             self._roster.submit(self._resync_task, member)
 
     def _resync_task(self, member: Member, *, patient: bool = False) -> None:
+        life = member.life
         try:
             self.resync.bring_up_to_date(member, patient=patient)
         finally:
             with self._roster.changed:
                 member.busy = False
+                if life is not None:
+                    life.resynced = True
                 self._roster.changed.notify_all()
 
     # -- on demand -----------------------------------------------------------------------------------------
@@ -193,6 +199,7 @@ class Supervisor:
                 continue
             if self._take(member, self._roster.config.timeouts.generate):
                 self._resync_task(member, patient=True)
+        self.keeper.keep()
 
     def _take(self, member: Member, timeout: float) -> bool:
         """Wait until no background task runs for the member, and be that task."""

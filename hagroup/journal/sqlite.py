@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sqlite3
 from collections.abc import Sequence
@@ -51,17 +52,21 @@ class SqliteJournal(Reading, Changing, Owing, Members, Notes, Clearing, Rotating
         partition_key_id: bytes,
         reference: bytes,
         contents: Contents | None = None,
+        aside: Path | None = None,
         clock: Clock | None = None,
     ) -> None:
         """Make the journal of a new group. It appears whole or not at all.
 
         :param contents: what is known of the group where its journal was lost.
+        :param aside: the file that is there is kept under this name; at every instant one of the two is there. It is
+            one that :func:`fold` could fold.
 
         :raises JournalUnavailable: there is a file already, or none can be made there.
         """
         path = Path(path)
         clock = clock or SystemClock()
-        _refuse_existing(path)
+        if aside is None:
+            _refuse_existing(path)
         # Under another name first: what is found under the right one is always complete.
         draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
         try:
@@ -103,7 +108,12 @@ class SqliteJournal(Reading, Changing, Owing, Members, Notes, Clearing, Rotating
                     t.head.membership_revision = 1
                     t.finish()
                     connection.execute("COMMIT")
-                os.link(draft, path)  # unlike a rename, this fails where another process was quicker
+                if aside is None:
+                    os.link(draft, path)  # unlike a rename, this fails where another process was quicker
+                else:
+                    os.link(path, aside)
+                    _drop_log(path)
+                    os.rename(draft, path)
                 _make_durable(path.parent)
             finally:
                 draft.unlink(missing_ok=True)
@@ -173,15 +183,37 @@ class SqliteJournal(Reading, Changing, Owing, Members, Notes, Clearing, Rotating
         return str(epoch)
 
 
-def set_aside(path: Path, suffix: str) -> Path:
-    """Move a journal's file out of the way, with its log, under a new name. Nobody may have it open here."""
-    aside = path.with_name(f"{path.name}.{suffix}")
+def fold(path: Path) -> bool:
+    """All that is in the journal's log goes into its file. False: it cannot (damaged, or in use without end)."""
+    try:
+        with _plain(path) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    except sqlite3.Error:
+        return False
+    log = Path(f"{path}-wal")
+    return not log.exists() or not log.stat().st_size
+
+
+def _drop_log(path: Path) -> None:
+    """Of a file that was folded: it would be applied to the one that takes its place."""
+    for end in ("-wal", "-shm"):
+        Path(f"{path}{end}").unlink(missing_ok=True)
+
+
+def tidy(path: Path) -> None:
+    """What attempts to make it left that were cut off. Nobody else may be making it now."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if re.search(r"\.[0-9a-f]{8}\.new(-wal|-shm|-journal)?$", left.name):
+            left.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, aside: Path) -> None:
+    """Move a journal's file that cannot be read out of the way, with its log. Nobody may have it open here."""
     for end in ("-wal", "-shm", ""):  # the file last: as long as it is there, nothing is made in its place
         there = path.with_name(path.name + end)
         if there.exists():
             there.rename(aside.with_name(aside.name + end))
     _make_durable(path.parent)
-    return aside
 
 
 class _plain:  # noqa: N801 - a context manager, used like a function

@@ -215,11 +215,6 @@ def changed(group: Matrix, fast_folder: Path) -> Iterator[Matrix]:
     """A copy of the group that may be spoilt."""
     folder = fast_folder / "matrix-copy"
     copy = copy_group(group.group, folder)
-    for file in folder.rglob("*"):
-        if file.is_file() and file.suffix in (".toml", ".conf"):
-            file.write_text(file.read_text().replace(str(group.group.folder), str(folder)))
-    copy.reload()
-    SqliteJournal.adopt_file(folder / "journal.db")
     group.group, group.toml = copy, copy.toml
     yield group
     shutil.rmtree(folder)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hagroup.journal import SqliteJournal
 from tests.support import plain
+from tests.support.forked_admin import ForkedAdmin, ForkedGroup
 from tests.support.groups import GroupFixture, copy_group, make_group, run_client
 
 _MAKE = """
@@ -26,20 +27,23 @@ _LIST = "print(sorted(o.label for o in session.get_objects()))\n"
 
 
 @pytest.fixture(scope="module")
-def template(fast_folder: Path) -> GroupFixture:
-    group = make_group(fast_folder / "rebuild-template", members=2)
+def commands() -> Iterator[ForkedAdmin]:
+    made = ForkedAdmin()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def template(fast_folder: Path, commands: ForkedAdmin) -> GroupFixture:
+    group = make_group(fast_folder / "rebuild-template", members=2, isolation="none")
     run_client(group, _MAKE)
-    assert group.admin("sync").returncode == 0
     return group
 
 
 @pytest.fixture
-def group(template: GroupFixture, fast_folder: Path) -> Iterator[GroupFixture]:
+def group(template: GroupFixture, fast_folder: Path, commands: ForkedAdmin) -> Iterator[ForkedGroup]:
     folder = fast_folder / "rebuild"
-    copied = copy_group(template, folder)
-    for conf in folder.glob("*/softhsm2.conf"):
-        conf.write_text(conf.read_text().replace(str(template.folder), str(folder)))
-    SqliteJournal.adopt_file(folder / "journal.db")
+    copied = ForkedGroup.of(copy_group(template, folder), commands)
     assert copied.admin("sync").returncode == 0
     yield copied
     shutil.rmtree(folder)
@@ -50,7 +54,7 @@ def lose(group: GroupFixture) -> None:
         (group.folder / f"journal.db{end}").unlink(missing_ok=True)
 
 
-def test_a_lost_journal_is_rebuilt_and_the_group_replicates_again(group: GroupFixture) -> None:
+def test_a_lost_journal_is_rebuilt_and_the_group_replicates_again(group: ForkedGroup) -> None:
     lose(group)
     refused = group.admin("status")
     assert "journal rebuild" in refused.stdout + refused.stderr
@@ -72,7 +76,7 @@ def test_a_lost_journal_is_rebuilt_and_the_group_replicates_again(group: GroupFi
     assert group.admin("verify").returncode == 0
 
 
-def test_a_journal_that_was_put_back_changes_nothing_until_it_is_reconciled(group: GroupFixture) -> None:
+def test_a_journal_that_was_put_back_changes_nothing_until_it_is_reconciled(group: ForkedGroup) -> None:
     """A backup of the file is put back after a key was made, and another one destroyed."""
     journal = group.folder / "journal.db"
     kept = group.folder / "kept.db"
@@ -109,7 +113,7 @@ def test_a_journal_that_was_put_back_changes_nothing_until_it_is_reconciled(grou
         assert sorted(plain.labels(group.members[name])) == sorted([*_NAMES, "later"][1:])
 
 
-def test_what_one_member_alone_still_has_is_neither_served_nor_destroyed(group: GroupFixture) -> None:
+def test_what_one_member_alone_still_has_is_neither_served_nor_destroyed(group: ForkedGroup) -> None:
     group.stop("hsm2")
     run_client(group, 'next(iter(session.get_objects({Attribute.LABEL: "key 0"}))).destroy()\n')
     group.bring_back("hsm2")
@@ -124,7 +128,7 @@ def test_what_one_member_alone_still_has_is_neither_served_nor_destroyed(group: 
     assert "key 0" not in plain.labels(group.members["hsm1"])
 
 
-def test_a_copy_is_refused_until_it_is_adopted(group: GroupFixture) -> None:
+def test_a_copy_is_refused_until_it_is_adopted(group: ForkedGroup) -> None:
     journal, copy = group.folder / "journal.db", group.folder / "copy.db"
     run_client(group, 'next(iter(session.get_objects({Attribute.LABEL: "key 0"}))).destroy()\n')
     shutil.copy(journal, copy)
@@ -137,3 +141,47 @@ def test_a_copy_is_refused_until_it_is_adopted(group: GroupFixture) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert group.admin("sync").returncode == 0
     assert run_client(group, _LIST).strip() == str(_NAMES[1:])
+
+
+def test_killed_anywhere_the_same_command_completes_it(
+    template: GroupFixture, fast_folder: Path, commands: ForkedAdmin
+) -> None:
+    """A journal that was copied, with changes in its log: what it knows is not lost to an attempt that was cut off. One
+    member was away when a key was destroyed: only the journal knows that."""
+    began, state = fast_folder / "rebuild-began", fast_folder / "rebuild-state"
+    first = ForkedGroup.of(copy_group(template, began), commands)
+    assert first.admin("sync").returncode == 0
+    first.take_away("hsm2")
+    program = (
+        'next(iter(session.get_objects({Attribute.LABEL: "key 0"}))).destroy()\n'
+        f"import subprocess\nsubprocess.run(['cp', '-a', {str(began)!r}, {str(state)!r}], check=True)\n"
+    )
+    run_client(first, program)
+    assert (state / "journal.db-wal").stat().st_size > 0
+    (state / "hsm2" / "tokens.away").rename(state / "hsm2" / "tokens")
+
+    step = 0
+    while True:
+        folder = fast_folder / "rebuild-killed"
+        shutil.copytree(state, folder)
+        for file in [folder / "hagroup.toml", *folder.glob("*/softhsm2.conf")]:
+            file.write_text(file.read_text().replace(str(began), str(folder)))
+        group = ForkedGroup.of(GroupFixture(folder / "hagroup.toml"), commands)
+        group.reload()
+        done = group.admin("journal", "adopt", "--yes", watch=folder, kill_before=(step := step + 1))
+        again = group.admin("journal", "adopt", "--yes", "--json")
+        assert again.returncode == 0, f"killed before change {step}: {again.stdout}{again.stderr}"
+        told = json.loads(again.stdout)
+        assert (told["objects"], told["tombstones"], told["doubtful"]) == (3, 2, []), step
+        left = {path.name.partition("replaced")[0] for path in folder.iterdir() if "journal" in path.name}
+        assert left <= {"journal.db", "journal.db.", "journal.db.view", ".journal.db.locks"}, (
+            f"killed before change {step}: {left}"
+        )
+        if done.returncode != -signal.SIGKILL:
+            break
+        shutil.rmtree(folder)
+    print(f"killed before each of {step - 1} changes to files")
+    assert step > 8
+    assert group.admin("sync").returncode == 0
+    for name in group.members:
+        assert plain.labels(group.members[name]) == _NAMES[1:]

@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from hagroup.journal import SqliteJournal
+
 ROOT = Path(__file__).resolve().parents[2]
 MAKE_GROUP = ROOT / "softhsm-fixtures" / "make-group"
 PIN, SO_PIN = "1234", "12345678"
@@ -101,8 +103,11 @@ def make_group(folder: Path, *options: str, members: int = 3, isolation: str = "
 
 
 def copy_group(source: GroupFixture, folder: Path) -> GroupFixture:
-    """A group made earlier, again; the journal is told that it moved."""
+    """A group made earlier, again: tokens of its own, and a journal that is told that it moved."""
     shutil.copytree(source.folder, folder, symlinks=True)
+    for file in (file for file in folder.rglob("*") if file.is_file() and file.suffix in (".toml", ".conf")):
+        file.write_text(file.read_text().replace(str(source.folder), str(folder)))
+    SqliteJournal.adopt_file(folder / "journal.db")
     group = GroupFixture(folder / source.toml.name)
     group.reload()
     return group
