@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hagroup.core.calls import Ckr
@@ -144,6 +145,14 @@ def test_a_token_that_is_just_going_away_has_lost_nothing(group: GroupFixture) -
         engine.supervisor._prove(member, uid)
         assert [e.kind for e in journal.events(since=before, limit=100) if e.kind == "object missing"] == []
         assert not [row for row in journal.owed("hsm1") if row.uid == uid]
+        other = engine.roster.members["hsm2"]  # the same while all of a token is compared
+        life = other.life
+        assert life is not None
+        life.connection.find = lambda *arguments, **options: []
+        life.connection.get = gone
+        assert not engine.supervisor.resync.inventory(other, life)
+        assert other.life is not life, "it is failed, and looked at again when it is back"
+        assert not journal.owed("hsm2")
     finally:
         watch.stop()
         watch.run()
@@ -154,8 +163,11 @@ PHASES = (
     "before observe", "after observe", "before remember", "after remember", "before tell", "after tell",
     "after publish", "before renew_lease", "after renew_lease", "before release_lease",
 )  # fmt: skip
-SAMPLE = ("after observe", "before remember", "after remember", "after tell")
-DYING = r"""
+KILLED_IN = ("after observe", "before remember", "after remember", "after tell")
+STOPPED_IN = ("after acquire_lease", "before remember", "after beat")
+TAKING_UP = PHASES[:4]
+LAST = PHASES[-1]
+HIT = r"""
 import os, signal, sys
 from pathlib import Path
 from hagroup.journal import SqliteJournal
@@ -163,10 +175,14 @@ from hagroup.watchdog import group as loop
 from hagroup.watchdog.heartbeat import Heart
 from hagroup.watchdog.telling import Teller
 
-wanted = sys.argv[2]
+# sends itself the signal that the file names, in the phase that it names, and says when it is active
+wanted, state = Path(sys.argv[2]), Path(f"{sys.argv[2]}.{os.getpid()}")
 def here(phase):
-    if phase == wanted:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if wanted.exists():
+        to, number, where = wanted.read_text().split(" ", 2)
+        if to in ("anybody", str(os.getpid())) and where == phase:
+            wanted.unlink()
+            os.kill(os.getpid(), int(number))
 def hook(owner, name, called=None):
     method = getattr(owner, name)
     def hooked(*args, **kwargs):
@@ -180,43 +196,126 @@ for owner, name in ((SqliteJournal, "acquire_lease"), (SqliteJournal, "renew_lea
                     (loop, "remember"), (Teller, "tell")):
     hook(owner, name)
 hook(loop.GroupWatch, "_publish", "publish")
-watch = loop.GroupWatch(Path(sys.argv[1]))
-import threading
-if wanted == "before release_lease":
-    threading.Timer(3.0, watch.stop).start()
+def published(report):
+    state.write_text("active" if report.active else "standing by")
+watch = loop.GroupWatch(Path(sys.argv[1]), published=published)
+signal.signal(signal.SIGTERM, lambda *_: watch.stop())
 watch.run()
 """
 
 
-def test_killed_in_every_phase_another_one_goes_on(group: GroupFixture) -> None:
-    """Each is killed in another phase while something is to be told; whoever comes next tells it, and nothing twice.
+def in_turn(every: tuple[str, ...], sample: tuple[str, ...]) -> tuple[str, ...]:
+    """A run takes a sample of the phases; ``HAGROUP_CRASH_ALL=1``: all."""
+    return every if os.environ.get("HAGROUP_CRASH_ALL") else sample
 
-    A run takes a sample of the phases; ``HAGROUP_CRASH_ALL=1``: all."""
-    hook, told = make_hook(group.folder)
-    configure(group, hook, "verify_rate = 0")
-    away = False
-    phases = PHASES if os.environ.get("HAGROUP_CRASH_ALL") else SAMPLE
-    with watching(group):
-        pass
-    journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
-    for phase in phases:
-        if (seen := recall(journal).members.get("hsm2")) is None or seen.failed == away:  # else that is to be told yet
-            (group.bring_back if away else group.take_away)("hsm2")
-            away = not away
-        done = subprocess.run(
-            [sys.executable, "-c", DYING, str(group.toml), phase], timeout=120, check=False, capture_output=True
-        )
-        print(f"{phase}: killed; hsm2 {'away' if away else 'there'}")
-        assert done.returncode == -signal.SIGKILL, (phase, done.stderr.decode())
-    journal.close()
-    with watching(group):  # the one that stood by
-        if away:
-            group.bring_back("hsm2")
-        wait_until(lambda: group.status()["group"]["state"] == "ok", "the group to be whole")
-        wait_until(lambda: not kinds(told) or kinds(told)[-1] in ("group whole", "resync done"), "all of it told")
+
+def each_change_once(told: Path) -> None:
     found = events(told)
     expected = ["member failed", "group degraded", "member recovered", "group whole"]
     said = [event["kind"] for event in found if event["kind"] in expected]
     assert said == expected * (len(said) // 4), "each change once, and in order"
     assert said, "something was told"
     assert len({event["id"] for event in found}) == len(found)
+
+
+def test_killed_in_every_phase_another_one_goes_on(group: GroupFixture) -> None:
+    """Each is killed in another phase while something is to be told; whoever comes next tells it, and nothing twice."""
+    hook, told = make_hook(group.folder)
+    configure(group, hook, "verify_rate = 0")
+    away, control = False, group.folder / "hit"
+    with watching(group):
+        pass
+    journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
+    for phase in in_turn(PHASES, KILLED_IN):
+        if (seen := recall(journal).members.get("hsm2")) is None or seen.failed == away:  # else that is to be told yet
+            (group.bring_back if away else group.take_away)("hsm2")
+            away = not away
+        control.write_text(f"anybody {signal.SIGKILL:d} {phase}")
+        with subprocess.Popen(
+            [sys.executable, "-c", HIT, str(group.toml), str(control)], stderr=subprocess.PIPE, text=True
+        ) as watchdog:
+            if phase == LAST:
+                state = control.with_name(f"hit.{watchdog.pid}")
+                wait_until(lambda state=state: state.exists() and state.read_text() == "active", "watching")
+                watchdog.terminate()
+            _, errors = watchdog.communicate(timeout=120)
+        print(f"{phase}: killed; hsm2 {'away' if away else 'there'}")
+        assert watchdog.returncode == -signal.SIGKILL, (phase, errors)
+    journal.close()
+    with watching(group):  # the one that stood by
+        if away:
+            group.bring_back("hsm2")
+        wait_until(lambda: group.status()["group"]["state"] == "ok", "the group to be whole")
+        wait_until(lambda: not kinds(told) or kinds(told)[-1] in ("group whole", "resync done"), "all of it told")
+    each_change_once(told)
+
+
+class Stoppable:
+    """A watchdog that stops itself where it is told to."""
+
+    def __init__(self, group: GroupFixture) -> None:
+        self._control = group.folder / "hit"
+        self.process = psutil.Popen([sys.executable, "-c", HIT, str(group.toml), str(self._control)])
+        self._state = self._control.with_name(f"hit.{self.process.pid}")
+
+    def stop_in(self, phase: str) -> None:
+        self._control.write_text(f"{self.process.pid} {signal.SIGSTOP:d} {phase}")
+
+    def stopped(self) -> bool:
+        return bool(self.process.status() == psutil.STATUS_STOPPED)
+
+    def says(self, state: str) -> bool:
+        return self._state.exists() and self._state.read_text() == state
+
+    def wake(self) -> None:
+        self._state.unlink(missing_ok=True)
+        self.process.resume()
+
+
+def test_stopped_in_every_phase_another_one_goes_on(group: GroupFixture) -> None:
+    """Two take turns: one stops while something is to be told, and wakes up when the other one has told it and what
+    came after it. What it then still writes down or tells is not believed."""
+    hook, told = make_hook(group.folder)
+    configure(group, hook, "verify_rate = 0")
+    with watching(group):
+        pass
+    watchers = [Stoppable(group)]
+    journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
+    try:
+        wait_until(lambda: watchers[0].says("active"), "the first to watch")
+        watchers.append(Stoppable(group))
+        wait_until(lambda: watchers[1].says("standing by"), "the second to stand by")
+        active, other = watchers
+        for phase in in_turn(PHASES, STOPPED_IN):
+            group.take_away("hsm2")
+            if phase in TAKING_UP:
+                stopped, awake = other, active
+                stopped.stop_in(phase)
+                awake.process.suspend()
+                wait_until(stopped.stopped, f"the other to stop {phase}")
+                awake.wake()
+            else:
+                stopped, awake = active, other
+                stopped.stop_in(phase)
+                if phase == LAST:
+                    stopped.process.terminate()
+                wait_until(stopped.stopped, f"the active one to stop {phase}")
+            wait_until(lambda awake=awake: awake.says("active"), "one to be active")
+            wait_until(lambda: kinds(told)[-1:] == ["group degraded"], "it to be told")
+            group.bring_back("hsm2")
+            wait_until(lambda: kinds(told)[-1:] == ["group whole"], "that to be told")
+            wait_until(lambda: not recall(journal).undelivered, "it to be written down that all was delivered")
+            stopped.wake()
+            if phase == LAST:
+                assert stopped.process.wait(60) == 0
+            else:
+                wait_until(lambda stopped=stopped: stopped.says("standing by"), "who woke up to stand by")
+            active, other = awake, stopped
+    finally:
+        journal.close()
+        for one in watchers:
+            if one.process.is_running():
+                one.process.resume()
+                one.process.terminate()
+                one.process.wait(60)
+    each_change_once(told)
