@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -11,7 +12,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -112,6 +115,62 @@ def test_an_application_stops_using_a_hung_member_and_takes_it_back(group: Group
     group.toml.write_text(text)
 
 
+@contextlib.contextmanager
+def application_at(toml: Path) -> Iterator[Any]:
+    """A session of a program there, once all members serve."""
+    lib = pkcs11.lib(str(toml))
+    try:
+        with lib.get_token(token_label="payments").open(rw=True, user_pin=PIN) as session:
+            wait_until(lambda: len(engine(session).roster.serving()) == 3, "all to serve")
+            wait_until(
+                lambda: all(one.life.proved_since_low for one in engine(session).roster.serving()), "a first look"
+            )
+            yield session
+    finally:
+        lib.unload()
+
+
+def test_two_sites(group: GroupFixture) -> None:
+    """One group, programs in two places. Each uses the members that are near it, and those that are far when they have
+    to; what the watchdog at one of them sees is heeded there alone."""
+    configure(group)
+    tomls = {}
+    for site in ("zurich", "geneva"):
+        text = group.toml.read_text().replace("[group]\n", f'[group]\nsite = "{site}"\n')
+        for name, where in (("hsm1", "zurich"), ("hsm2", "geneva"), ("hsm3", "geneva")):
+            text = text.replace(f'= "{name}"\n', f'= "{name}"\nsite = "{where}"\n')
+        tomls[site] = group.folder / f"{site}.toml"
+        tomls[site].write_text(text)
+        tomls[site].chmod(0o600)
+    at_zurich = dataclasses.replace(group, toml=tomls["zurich"])
+    with (
+        application_at(tomls["zurich"]) as near,
+        application_at(tomls["geneva"]) as far,
+        watching(at_zurich),
+    ):
+        made = near.generate_key(pkcs11.KeyType.AES, 256, store=True, label="of two sites")
+        wait_until(lambda: not engine(near).journal.owed(), "all to have the key")
+        by_hsm1 = []
+        for session, key in ((near, made), (far, far.get_key(label="of two sites"))):
+            hsm1 = engine(session).roster.members["hsm1"]
+            before = hsm1.answers
+            for _ in range(20):
+                key.encrypt(bytes(16), mechanism_param=bytes(16))
+            by_hsm1.append(hsm1.answers - before)
+        print(f"of 20 calls hsm1, at zurich, got {by_hsm1[0]} from there and {by_hsm1[1]} from geneva")
+        assert by_hsm1[0] > 15 and by_hsm1[1] < 5
+        engine(far).supervisor.sealer.due = lambda: False  # that would write to hsm3
+        group.take_away("hsm3")  # nobody uses it: programs learn of it from others
+        wait_until(lambda: not engine(near).roster.members["hsm3"].serving, "the program at zurich to know")
+        supervisor, journal = engine(far).supervisor, engine(far).journal
+        wait_until(lambda: supervisor._observed == journal.view_number(), "the one at geneva to have read of it")
+        assert engine(far).roster.members["hsm3"].serving, "it looks when it uses it, and not because of zurich"
+        group.bring_back("hsm3")
+        wait_until(lambda: len(engine(near).roster.serving()) == 3, "all to serve at zurich again")
+    shown = at_zurich.admin("status").stdout
+    assert "site" in shown and "geneva" in shown
+
+
 def test_the_heartbeat_signs_and_leaves_nothing_on_the_token(group: GroupFixture) -> None:
     configure(group, "verify_rate = 0")
     before = {name: plain.labels(member) for name, member in group.members.items()}
@@ -178,18 +237,13 @@ def under_the_interposer(group: GroupFixture, name: str) -> FaultControl:
 def made_kept_and_destroyed(group: GroupFixture, name: str) -> Path:
     """The member's token as it was while it had a key that was destroyed since."""
     kept = group.folder / name / "tokens.kept"
-    lib = pkcs11.lib(str(group.toml))
-    try:
-        with lib.get_token(token_label="payments").open(rw=True, user_pin=PIN) as session:
-            journal = engine(session).journal
-            wait_until(lambda: len(engine(session).roster.serving()) == 3, "all to serve")
-            key = session.generate_key(pkcs11.KeyType.AES, 256, store=True, label="destroyed since")
-            wait_until(lambda: not journal.owed(), "all to have the key")
-            shutil.copytree(group.token_folder(name), kept)
-            key.destroy()
-            wait_until(lambda: not journal.owed(), "none to have it any more")
-    finally:
-        lib.unload()
+    with application_at(group.toml) as session:
+        journal = engine(session).journal
+        key = session.generate_key(pkcs11.KeyType.AES, 256, store=True, label="destroyed since")
+        wait_until(lambda: not journal.owed(), "all to have the key")
+        shutil.copytree(group.token_folder(name), kept)
+        key.destroy()
+        wait_until(lambda: not journal.owed(), "none to have it any more")
     return kept
 
 
