@@ -107,7 +107,7 @@ def journal_list(
     if as_json:
         print_json([_shown(one) for one in found])
     else:
-        table(_COLUMNS, [_line(one) for one in found])
+        table(_COLUMNS, [_line(one) for one in found], under=("what",))
 
 
 @journal_app.command("tail")
@@ -204,7 +204,7 @@ def journal_todo(
             )
             for one in shown
         ]
-        table(("number", "date (UTC)", "action", *names, "complete"), lines)
+        table(("number", "date (UTC)", "action", *names, "complete"), lines, under=("action",))
     else:
         say("nothing is to be done")
     if any(not one.complete for one in shown):

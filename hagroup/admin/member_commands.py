@@ -121,7 +121,7 @@ def member_list(as_json: Json = False) -> None:
         )
         for one in found
     ]
-    table(("member", "serial", "role", "membership", "site", "module", "PIN from"), lines)
+    table(("member", "serial", "role", "membership", "site", "module", "PIN from"), lines, under=("module", "PIN from"))
 
 
 def environment(settings: list[str]) -> dict[str, str]:

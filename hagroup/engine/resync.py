@@ -139,9 +139,10 @@ class Resync:
         if record.membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
             self._haunted.add(member.name)
             cleared.sweep(self._journal, self._view, member, life, timeout=self._timeout)
-            self.inventory(member, life)
-        elif not life.proved_since_low:
-            self._prove_since_low(member, life)
+            if not self.inventory(member, life):
+                return False
+        elif not life.proved_since_low and not self._prove_since_low(member, life):
+            return False
         life.proved_since_low = True
         for _ in range(_ROUNDS):
             barrier = self._journal.barrier()
@@ -313,19 +314,25 @@ class Resync:
                 over.append(attempt.number)
         return over
 
-    def _prove_since_low(self, member: Member, life: Life) -> None:
+    def _prove_since_low(self, member: Member, life: Life) -> bool:
+        """False: the token went away meanwhile."""
         uids = recent.moved_since_low(self._journal, self._view, life)
         if uids is None:
-            self.inventory(member, life)
-            return
+            return self.inventory(member, life)
         rows = recent.missing_of(self._journal, member, life, uids, timeout=self._timeout)
-        if rows and self._roster.is_still_whole(member, life) and self.we_are_current(member):
+        if rows and not self._roster.is_still_whole(member, life):
+            return False
+        if rows and self.we_are_current(member):
             recent.report(self._journal, member.name, rows)
             self._journal.owe(rows, reason=None)
+        return True
 
     # -- inventory -----------------------------------------------------------------------------------------
-    def inventory(self, member: Member, life: Life) -> None:
-        """Compare everything on a token with the journal, and owe what differs. Nothing on the token is changed."""
+    def inventory(self, member: Member, life: Life) -> bool:
+        """Compare everything on a token with the journal, and owe what differs. Nothing on the token is changed.
+
+        False: the token went away meanwhile, and nothing is concluded from what it did not show.
+        """
         assert life.keys is not None
         entries = replica.inventory(life.connection, timeout=self._timeout)
         by_locator: dict[Locator, list[int]] = {}
@@ -355,12 +362,15 @@ class Resync:
                 life, tombstone, strangers
             ):
                 rows.append((member.name, tombstone.uid, OwedKind.DESTROY))
+        if rows and not self._roster.is_still_whole(member, life):
+            return False
         back = [row for row in rows if row[2] is OwedKind.DESTROY]
         if back:
             recent.report(self._journal, member.name, back)
         for start in range(0, len(rows), 500):
             self._journal.owe(rows[start : start + 500], reason=None)
         log.info("member.inventory", member=member.name, objects=len(entries), owed=len(rows))
+        return True
 
     def _was_called_otherwise(self, life: Life, tombstone: Tombstone, strangers: Sequence[InventoryEntry]) -> bool:
         """A restored token may hold an object that was destroyed since, under a label or id that it had before."""

@@ -36,14 +36,15 @@ def doubted(
 ) -> dict[str, float]:
     """Members that enough other living processes saw fail, and since when they are enough (boot time).
 
-    :param site: where this process is: the word of a watchdog of the same site is enough alone.
+    :param site: where this process is. What others see from elsewhere may be the way between: it does not count. The
+        word of a watchdog of this site is enough alone.
     """
     seen: dict[str, list[float]] = {}
     since: dict[str, float] = {}
     for one in observations:
-        if not one.ok and one.observer != own and alive(one.observer):
+        if not one.ok and one.site == site and one.observer != own and alive(one.observer):
             seen.setdefault(one.member, []).append(one.boot_time)
-            if one.kind == WATCHDOG and one.site == site:
+            if one.kind == WATCHDOG:
                 since[one.member] = max(one.boot_time, since.get(one.member, 0.0))
     for name, times in seen.items():
         if len(times) >= WITNESSES:

@@ -5,10 +5,8 @@ The commands run in this process, so that the whole matrix costs less than a few
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +15,13 @@ from typing import Any
 import pytest
 import typer.main
 
-from hagroup.admin import cli, options
+from hagroup.admin import cli
 from hagroup.core.records import Lease
 from hagroup.journal import open_journal
 from hagroup.journal.clock import SystemClock
 from hagroup.journal.sqlite import SqliteJournal
 from tests.support import plain
+from tests.support.commands import run_here
 from tests.support.groups import PIN, GroupFixture, copy_group, make_group, run_client
 from tests.support.newcomers import private
 
@@ -125,15 +124,7 @@ class Matrix:
         words = [word.replace("{folder}", str(self.group.folder)) for word in [*line.split(), *more]]
         before = [] if self.toml is None else ["--config", str(self.toml)]
         (self.group.folder / "new-backup").unlink(missing_ok=True)
-        self.monkeypatch.setattr(sys, "argv", ["ha-admin", *before, *words])
-        self.monkeypatch.setattr(options, "_chosen", {})
-        self.monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        shown = self.capsys.readouterr()
-        assert "Traceback" not in shown.out + shown.err, line
-        assert isinstance(ended.value.code, int), line
-        return ended.value.code, shown.out, shown.err
+        return run_here(self.monkeypatch, self.capsys, *before, *words)
 
     def refused(self, line: str, more: list[str], *statuses: int) -> str:
         """Refused with one sentence."""

@@ -323,6 +323,8 @@ def test_who_is_doubted() -> None:
     watchdog = Observation(member="m", observer="a", site="zurich", ok=False, kind=WATCHDOG, boot_time=5.0)
     assert doubted([watchdog], "me", everybody.__contains__, site="zurich") == {"m": 5.0}, "of the same site"
     assert doubted([watchdog], "me", everybody.__contains__, site="geneva") == {}, "of another"
+    two = [seen("m", "a", 5.0), seen("m", "b", 7.0)]
+    assert doubted(two, "me", everybody.__contains__, site="geneva") == {}, "nor two that are elsewhere"
 
 
 def test_what_two_others_saw_is_looked_at_and_not_believed(new_group: Any) -> None:
