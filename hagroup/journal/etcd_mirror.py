@@ -17,7 +17,7 @@ import msgspec
 
 from hagroup.core.records import Changes, GroupRecord, MemberRecord, ObjectState
 from hagroup.errors import JournalUnavailable
-from hagroup.journal.etcd_client import Compacted, EtcdClient, Pair, after_all, b64, pair, range_of
+from hagroup.journal.etcd_client import TIMEOUT, Compacted, EtcdClient, Pair, after_all, b64, pair, range_of
 from hagroup.journal.etcd_keys import Document, Head, Keys
 from hagroup.journal.etcd_times import SeenTimes
 from hagroup.journal.etcd_transaction import member_records, only_listed
@@ -55,8 +55,7 @@ class Mirror:
         self._keep_alive, self._told = keep_alive, seen
         self._news = threading.Condition()
         self._stop = False
-        self.number = 0
-        """The view number."""
+        self._number = 0
         self.revision = 0
         self._documents: dict[bytes, Document] = {}
         self._raw_members: dict[str, Pair] = {}
@@ -66,7 +65,6 @@ class Mirror:
         self._log_from = 0
         self._members_moved = 0
         self._confirmed = time.monotonic()
-        self._lapsed = False
         self._kept_alive = time.monotonic()
         self._load()
         self._thread = threading.Thread(target=self._run, name="journal watch", daemon=True)
@@ -97,14 +95,20 @@ class Mirror:
         """
         :raises JournalUnavailable: for longer than a registration lasts nothing was heard.
         """
-        if self.lapsed:
-            raise self._client.unavailable(f"nothing was heard of it for more than {TTL} s")
         with self._news:
+            # Woken from a freeze: a moment, until everything was read anew. Cut off: it is known that there is nothing.
+            if not self._news.wait_for(lambda: not self.lapsed or not self._client.available, TIMEOUT) or self.lapsed:
+                raise self._client.unavailable(f"nothing was heard of it for more than {TTL} s")
             upto = max(since, self.revision)
             if epoch != self.head.epoch or since < self._log_from:
                 return Changes(change=upto, uids=frozenset(), members=True, everything=True)
             uids = frozenset(uid for change, uid in self._log if change > since)
             return Changes(change=upto, uids=uids, members=self._members_moved > since)
+
+    @property
+    def number(self) -> int:
+        """The view number; one that nobody has seen while nothing is known."""
+        return -1 if self.lapsed else self._number
 
     @property
     def lapsed(self) -> bool:
@@ -139,7 +143,7 @@ class Mirror:
                 self._take(one)
             self._log.clear()
             self.revision = self._log_from = self._members_moved = revision
-            self.number += 1
+            self._number += 1
             self._news.notify_all()
 
     def _take(self, one: Pair) -> None:
@@ -162,7 +166,10 @@ class Mirror:
                     self._kept_alive = time.monotonic()
                 # Linearizable: only a node that belongs to a quorum answers.
                 self._client.call("/kv/range", range_of(self._keys.group, keys_only=True), patience=0, always=True)
-                self._confirmed, self._lapsed, self._client.available = time.monotonic(), False, True
+                if self.lapsed:
+                    self._load()
+                    self._told(self.revision)
+                self._confirmed, self._client.available = time.monotonic(), True
                 self._follow()
             except Compacted:
                 self._reload()
@@ -180,10 +187,6 @@ class Mirror:
     def _silent(self) -> None:
         if time.monotonic() - self._confirmed > ELECTION:
             self._client.available = False
-        if self.lapsed and not self._lapsed:
-            self._lapsed = True
-            with self._news:
-                self.number += 1  # everybody looks again, and finds that nothing is known any more
         with self._news:
             self._news.wait_for(lambda: self._stop, 0.1)
 
@@ -229,7 +232,7 @@ class Mirror:
                 superseded = superseded or live not in (None, _live_revision(self._documents.get(uid)))
             self.revision = last
             if noticed:
-                self.number += 1
+                self._number += 1
             self._news.notify_all()
         if superseded:
             self._told(last)
