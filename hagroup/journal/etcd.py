@@ -21,6 +21,7 @@ from hagroup.errors import JournalUnavailable
 from hagroup.journal import rules
 from hagroup.journal.api import Asking, Confirmation, Guarantees
 from hagroup.journal.changing import Changing
+from hagroup.journal.clearing import Clearing
 from hagroup.journal.clock import SystemClock
 from hagroup.journal.epoch import new_epoch
 from hagroup.journal.etcd_client import EtcdClient, after_all, b64
@@ -29,6 +30,7 @@ from hagroup.journal.etcd_reading import EtcdReading
 from hagroup.journal.membership import Members
 from hagroup.journal.notes import Notes
 from hagroup.journal.owing import Owing
+from hagroup.journal.rotating import Rotating
 from hagroup.journal.transaction import one_transaction
 
 T = TypeVar("T")
@@ -37,7 +39,7 @@ _OBJECTS = 12
 """Objects in one transaction: etcd takes 128 operations, and an object is up to five with three members."""
 
 
-class EtcdJournal(Changing, Owing, Members, Notes, EtcdReading):
+class EtcdJournal(Changing, Owing, Members, Notes, Clearing, Rotating, EtcdReading):
     """See :class:`hagroup.journal.api.Journal`. Any thread may use it.
 
     Where the contract says "one transaction" for many rows at once, rows of different objects may here be written by
@@ -186,6 +188,15 @@ class EtcdJournal(Changing, Owing, Members, Notes, EtcdReading):
     def owe(self, rows: Sequence[tuple[str, bytes, OwedKind]], *, reason: str | None = None) -> None:
         for some in _some(rows, [uid for _, uid, _ in rows]):
             super().owe(some, reason=reason)
+
+    def clear_some(self, limit: int = _OBJECTS) -> list[bytes]:
+        return super().clear_some(min(limit, _OBJECTS))
+
+    def rewrap(self, envelopes: Sequence[tuple[bytes, int, bytes, bytes]]) -> list[bool]:
+        done: list[bool] = []
+        for some in _some(envelopes, [one[0] for one in envelopes]):
+            done += super().rewrap(some)
+        return done
 
     # -- members -------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from hagroup.core.records import Copy, Intent, Locator, LoginRecord, ObjectRecord, OwedRow
+from hagroup.core.records import Copy, Intent, Locator, LoginRecord, ObjectRecord, OwedRow, Rotation
 
 VERSION = 1
 
@@ -46,6 +46,8 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     members: tuple[str, ...]
     filling: tuple[str, ...] = ()
     """New members whose rows are not all written yet: not admitted before."""
+    cleared: str = ""
+    rotation: Rotation | None = None
     sealed: str | None = None
     """Where the journal was moved to: nothing is changed here any more."""
     version: int = VERSION
@@ -113,7 +115,7 @@ class Keys:
         self.leases, self.logins = f"{rest}lease/", f"{rest}login/"
         self.seen, self.events = f"{rest}seen/", f"{rest}event/"
         self.last_event = f"{rest}last-event"
-        self._owed, self._place = f"{rest}owed/", f"{rest}place/"
+        self._owed, self.places = f"{rest}owed/", f"{rest}place/"
 
     def event(self, number: int) -> str:
         return f"{self.events}{number:016x}"
@@ -130,7 +132,7 @@ class Keys:
 
     def place(self, locator: Locator) -> str:
         digest = hashlib.blake2b(encode(locator), digest_size=16).hexdigest()
-        return f"{self._place}{digest}/"
+        return f"{self.places}{digest}/"
 
     def login(self, member: str, source: str) -> str:
         return f"{self.logins}{part(member)}/{part(source)}"

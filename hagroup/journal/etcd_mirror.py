@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from hagroup.core.records import Changes, GroupRecord, MemberRecord, ObjectState
+from hagroup.core.records import Changes, MemberRecord, ObjectState
 from hagroup.errors import JournalUnavailable
 from hagroup.journal.etcd_client import TIMEOUT, Compacted, EtcdClient, Pair, after_all, b64, pair, range_of
 from hagroup.journal.etcd_keys import Document, Head, Keys
@@ -249,16 +249,3 @@ class Mirror:
 def _live_revision(document: Document | None) -> int | None:
     record = None if document is None else document.record
     return record.revision if record is not None and record.state is ObjectState.LIVE else None
-
-
-def group_record(head: Head, change: int) -> GroupRecord:
-    return GroupRecord(
-        label=head.label,
-        serial=head.serial,
-        epoch=head.epoch,
-        membership_revision=head.membership_revision,
-        change=change,
-        domain_key_id=head.domain_key_id,
-        partition_key_id=head.partition_key_id,
-        reference=head.reference,
-    )

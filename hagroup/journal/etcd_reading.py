@@ -26,10 +26,9 @@ from hagroup.core.records import (
 )
 from hagroup.journal import rows
 from hagroup.journal.etcd_client import Pair, Unanswered, after_all, b64, pair, range_of
-from hagroup.journal.etcd_keys import Document, KeptEvent, KeptLogin
-from hagroup.journal.etcd_mirror import group_record
+from hagroup.journal.etcd_keys import Document, KeptEvent, KeptLease, KeptLogin
 from hagroup.journal.etcd_opened import EtcdOpened
-from hagroup.journal.etcd_transaction import only_listed, read_all, snapshot
+from hagroup.journal.etcd_transaction import group_record, only_listed, read_all, snapshot
 
 _decode = msgspec.msgpack.decode
 _BATCH = 100
@@ -170,6 +169,15 @@ class EtcdReading(EtcdOpened):
         prefix = self._keys.seen if member is None else self._keys.observation(member, "")
         found = [_decode(one.value, type=Observation) for one in self._client.prefix(prefix)]
         return sorted(found, key=lambda seen: seen.boot_time)
+
+    def lease_held(self, name: str) -> bool:
+        self._check_usable()
+        found = self._client.get(f"{self._keys.leases}{name}")
+        if found is None:
+            return False
+        kept = _decode(found.value, type=KeptLease)
+        here = kept.boot == self._clock.boot_id()
+        return (not here or kept.expires > self._clock.boot()) and self.owner_alive(kept.owner)
 
     def logins(self) -> list[LoginRecord]:
         self._check_usable()

@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from hagroup.core.records import (
     Copy,
     Fingerprint,
+    GroupRecord,
     Intent,
     Lease,
     Locator,
@@ -30,10 +31,12 @@ from hagroup.core.records import (
     ObjectState,
     Observation,
     OwedRow,
+    Rotation,
     Tombstone,
 )
 from hagroup.errors import JournalUnavailable
 from hagroup.journal import rules
+from hagroup.journal.epoch import new_epoch
 from hagroup.journal.etcd_client import EtcdClient, Json, Pair, after_all, b64, pair, range_of
 from hagroup.journal.etcd_keys import (
     ClosedIntent,
@@ -96,6 +99,21 @@ def member_records(keys: Keys, head: Head, kept: Iterable[Pair], announced: Iter
     return tuple(
         replace(by_key[f"{keys.members}{part(name)}"], announced=moved.get(f"{keys.announced}{part(name)}", 0))
         for name in head.members
+    )
+
+
+def group_record(head: Head, change: int) -> GroupRecord:
+    return GroupRecord(
+        label=head.label,
+        serial=head.serial,
+        epoch=head.epoch,
+        membership_revision=head.membership_revision,
+        change=change,
+        domain_key_id=head.domain_key_id,
+        partition_key_id=head.partition_key_id,
+        reference=head.reference,
+        cleared=head.cleared,
+        rotation=head.rotation,
     )
 
 
@@ -315,6 +333,13 @@ class EtcdTransaction(Transaction):
             self._change_document(record.uid, record=record, created=(self.change, self._created))
             self._created += 1
 
+    def some_objects(self, limit: int) -> list[bytes]:
+        places = self._keys.places
+        [found] = self._ranges(range_of(places, after_all(places), limit=limit, keys_only=True))
+        uids = [bytes.fromhex(one.key.rpartition("/")[2]) for one in found]
+        self.prefetch(uids)
+        return uids
+
     def update_object(self, record: ObjectRecord) -> None:
         self._document(record.uid)
         self._change_document(record.uid, record=record)
@@ -472,8 +497,15 @@ class EtcdTransaction(Transaction):
         self._head = replace(self._head, membership_revision=self._head.membership_revision + 1)
         return self._head.membership_revision
 
-    def update_identity(self, **values: str | bytes) -> None:
+    def group(self) -> GroupRecord:
+        return group_record(self._head, self._was.revision)
+
+    def update_identity(self, **values: str | bytes | Rotation) -> None:
         self._head = replace(self._head, **values)
+
+    def begin_epoch(self) -> str:
+        self._head = replace(self._head, epoch=new_epoch(self._head.epoch))
+        return self._head.epoch
 
     # -- leases, observations, logins, events --------------------------------------------------------------------
 
