@@ -20,6 +20,7 @@ import typer.main
 from hagroup.admin import cli, options
 from hagroup.core.records import Lease
 from hagroup.journal import SqliteJournal
+from tests.support import plain
 from tests.support.groups import PIN, GroupFixture, copy_group, make_group, run_client
 from tests.support.newcomers import private
 
