@@ -290,8 +290,9 @@ def _raise_for(url: EtcdUrl, text: str) -> None:
 
 def _short(error: Exception) -> str:
     text = str(error)
+    if "SSL" in text or "certificate" in text.lower() or isinstance(error.__context__, requests.exceptions.SSLError):
+        return "TLS fails: its certificate is not of [journal] ca, or it does not take [journal] cert"
     for part, meaning in (
-        ("CERTIFICATE_VERIFY_FAILED", "its certificate is not of [journal] ca"),
         ("refused", "connection refused"),
         ("timed out", "no answer in time"),
     ):
