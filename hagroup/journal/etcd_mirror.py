@@ -58,6 +58,7 @@ class Mirror:
         self._number = 0
         self.revision = 0
         self._documents: dict[bytes, Document] = {}
+        self._sorted: list[Document] | None = None
         self._raw_members: dict[str, Pair] = {}
         self._announced: dict[str, Pair] = {}
         self.head: Head
@@ -78,9 +79,11 @@ class Mirror:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def documents(self) -> list[Document]:
-        """All, in order of creation, as they are kept (with leftovers of members that were removed)."""
+        """All, in order of creation, as they are kept (with leftovers of members that were removed). Not to be changed."""
         with self._news:
-            return sorted(self._documents.values(), key=lambda one: one.created)
+            if self._sorted is None:
+                self._sorted = sorted(self._documents.values(), key=lambda one: one.created)
+            return self._sorted
 
     def document(self, uid: bytes) -> Document:
         with self._news:
@@ -138,7 +141,7 @@ class Mirror:
                 f"the journal {self._client.url} does not exist: run `ha-admin group create`, or correct [journal] url"
             )
         with self._news:
-            self._documents, self._raw_members, self._announced = {}, {}, {}
+            self._documents, self._raw_members, self._announced, self._sorted = {}, {}, {}, None
             for one in found:
                 self._take(one)
             self._log.clear()
@@ -151,6 +154,7 @@ class Mirror:
         if one.key.startswith(keys.objects):
             document = _decode(one.value, type=Document)
             self._documents[document.uid] = document
+            self._sorted = None
         elif one.key == keys.group:
             self.head = _decode(one.value, type=Head)
         elif one.key.startswith(keys.members):
@@ -241,6 +245,7 @@ class Mirror:
         if key.startswith(self._keys.objects):
             uid = bytes.fromhex(key.removeprefix(self._keys.objects))
             self._documents.pop(uid, None)
+            self._sorted = None
             self._times.forget([uid])
         self._raw_members.pop(key, None)
         self._announced.pop(key, None)

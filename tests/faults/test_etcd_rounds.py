@@ -22,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("etcd")
 
 ROUNDS = int(os.environ.get("HAGROUP_ETCD_ROUNDS", "1"))
 """Twenty are a matter of minutes: HAGROUP_ETCD_ROUNDS=20."""
-ROUND = 5.0
+ROUND = 4.0
 
 LOAD = """
 import json, random, sys, threading, time
