@@ -79,7 +79,7 @@ class Mirror:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def documents(self) -> list[Document]:
-        """All, in order of creation, as they are kept (with leftovers of members that were removed). Not to be changed."""
+        """All, in order of creation, as kept: with leftovers of members that were removed. Not to be changed."""
         with self._news:
             if self._sorted is None:
                 self._sorted = sorted(self._documents.values(), key=lambda one: one.created)
