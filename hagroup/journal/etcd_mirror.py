@@ -56,6 +56,7 @@ class Mirror:
         self._news = threading.Condition()
         self._stop = False
         self._number = 0
+        self._untold = 0
         self.revision = 0
         self._documents: dict[bytes, Document] = {}
         self._sorted: list[Document] | None = None
@@ -172,21 +173,28 @@ class Mirror:
                 self._client.call("/kv/range", range_of(self._keys.group, keys_only=True), patience=0, always=True)
                 if self.lapsed:
                     self._load()
-                    self._told(self.revision)
+                    self._tell(self.revision)
                 self._confirmed, self._client.available = time.monotonic(), True
+                if self._untold:
+                    self._tell(self._untold)
                 self._follow()
             except Compacted:
                 self._reload()
             except JournalUnavailable:
                 self._silent()
 
+    def _tell(self, revision: int) -> None:
+        """Again at the next opportunity where it cannot be told now: others wait for it."""
+        self._untold = revision
+        self._told(revision)
+        self._untold = 0
+
     def _reload(self) -> None:
         try:
             self._load()
+            self._tell(self.revision)
         except (JournalUnavailable, Compacted):
             self._silent()
-        else:
-            self._told(self.revision)
 
     def _silent(self) -> None:
         if time.monotonic() - self._confirmed > ELECTION:
@@ -239,7 +247,7 @@ class Mirror:
                 self._number += 1
             self._news.notify_all()
         if superseded:
-            self._told(last)
+            self._tell(last)
 
     def _drop(self, key: str) -> None:
         if key.startswith(self._keys.objects):

@@ -102,16 +102,8 @@ class EtcdOpened(Writer):
         """Tell those who wait in ``destroy`` that nobody here uses the old view any more."""
         if self._read_only or not self.owner:
             return
-        key = f"{self._keys.acks}{self.owner}"
-        try:
-            self._client.call(
-                "/kv/put",
-                {"key": b64(key), "value": b64(str(revision)), "lease": str(self._lease)},
-                patience=0,
-                always=True,
-            )
-        except JournalUnavailable:
-            pass  # they go on when our lease runs out
+        put = {"key": b64(f"{self._keys.acks}{self.owner}"), "value": b64(str(revision)), "lease": str(self._lease)}
+        self._client.call("/kv/put", put, patience=0, always=True)
 
     def _everybody_saw(self, revision: int) -> list[str]:
         """Wait until each registered client acknowledged the view, or its lease ran out. Those passed over."""
