@@ -114,7 +114,7 @@ def _refuse_if_well(config: GroupConfig, *, yes: bool) -> None:
     if not _sqlite(config).exists():
         return
     try:
-        open_journal(str(config.journal.url), clock=SystemClock()).close()
+        open_journal(config.journal, clock=SystemClock()).close()
     except HAError:
         return
     label = config.group.label

@@ -50,7 +50,7 @@ def verify(group: GroupFixture) -> tuple[int, str]:
 def problems(group: GroupFixture) -> list[str]:
     """What the command would tell, without the cost of its process."""
     config = load(group.toml)
-    journal = open_journal(str(config.journal.url))
+    journal = open_journal(config.journal)
     try:
         return seal_check.check(config, journal, stamped_pins(config, (None, None))).problems
     finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hagroup.config.model import JournalSection, SqliteUrl
 from hagroup.core.calls import Ckr
 from hagroup.journal import open_journal
 from hagroup.watchdog.group import GroupWatch
@@ -198,7 +199,7 @@ def test_killed_in_every_phase_another_one_goes_on(group: GroupFixture) -> None:
     phases = PHASES if os.environ.get("HAGROUP_CRASH_ALL") else SAMPLE
     with watching(group):
         pass
-    journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
+    journal = open_journal(JournalSection(url=SqliteUrl(path=group.folder / "journal.db")))
     for phase in phases:
         if (seen := recall(journal).members.get("hsm2")) is None or seen.failed == away:  # else that is to be told yet
             (group.bring_back if away else group.take_away)("hsm2")

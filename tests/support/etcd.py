@@ -1,0 +1,120 @@
+"""One real etcd cluster for all tests of a process, on tmpfs, started by the first that needs it."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hagroup.config.model import Endpoint, EtcdUrl, JournalSection
+from hagroup.core.records import MemberRecord
+from hagroup.journal import EtcdJournal
+from tests.support.journals import FakeClock
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import etcd_cluster
+
+_numbers = itertools.count(1)
+
+
+class Cluster:
+    """Three nodes, and what is done to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.endpoints = etcd_cluster.start(folder, 3)
+        self.nodes = [f"node{n}" for n in (1, 2, 3)]
+        self._nodes = etcd_cluster.read_nodes(folder)
+
+    def section(self, name: str | None = None, **more: object) -> JournalSection:
+        """``[journal]`` for a group of its own."""
+        endpoints = tuple(
+            Endpoint(host=host, port=int(port)) for host, _, port in (one.partition(":") for one in self.endpoints)
+        )
+        url = EtcdUrl(endpoints=endpoints, name=name or f"test{os.getpid()}-{next(_numbers)}")
+        files = {"ca": self.folder / "ca.pem", "cert": self.folder / "client.pem", "key": self.folder / "client.key"}
+        return JournalSection(url=url, **files, **more)  # type: ignore[arg-type]
+
+    def signal(self, node: str, number: signal.Signals) -> None:
+        os.kill(int((self.folder / f"{node}.pid").read_text()), number)
+
+    def kill(self, node: str) -> None:
+        self.signal(node, signal.SIGKILL)
+
+    def restart(self, node: str) -> None:
+        one = next(one for one in self._nodes if one["name"] == node)
+        etcd_cluster.start_node(self.folder, self._nodes, one)
+
+    def leader(self) -> str:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = etcd_cluster.leader(self.folder, self._nodes)
+            if found is not None:
+                return found
+            time.sleep(0.05)
+        raise AssertionError("the cluster has no leader")
+
+    def heal(self) -> None:
+        """All nodes run, and answer."""
+        for node in self.nodes:
+            pid = int((self.folder / f"{node}.pid").read_text())
+            if etcd_cluster.is_ours(pid, self.folder):
+                os.kill(pid, signal.SIGCONT)
+            else:
+                self.restart(node)
+        self.wait()
+
+    def wait(self) -> None:
+        etcd_cluster.wait_until_ready(self.folder, self._nodes)
+
+    def stop(self) -> None:
+        etcd_cluster.stop(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@functools.cache
+def cluster() -> Cluster:
+    base = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="hagroup-etcd-", dir=base if base.is_dir() else None))
+    made = Cluster(folder)
+    atexit.register(_stop, made, os.getpid())
+    return made
+
+
+def _stop(made: Cluster, process: int) -> None:
+    if os.getpid() == process:  # not in a forked child
+        made.stop()
+
+
+class EtcdBackend:
+    """See :class:`tests.support.journals.Backend`."""
+
+    def __init__(self, folder: Path, members: list[MemberRecord]) -> None:
+        self.clock = FakeClock()
+        self.section = cluster().section()
+        self._opened: list[EtcdJournal] = []
+        EtcdJournal.create(
+            self.section,
+            label="payments",
+            serial="74007601",
+            members=members,
+            domain_key_id=b"domain",
+            partition_key_id=b"partition",
+            reference=b"reference",
+        )
+
+    def open(self) -> EtcdJournal:
+        journal = EtcdJournal.open(self.section, clock=self.clock)
+        self._opened.append(journal)
+        return journal
+
+    def close(self) -> None:
+        for journal in self._opened:
+            journal.close()
