@@ -1073,12 +1073,12 @@ def test_clear(journal, other):
     creating = new_object()
     intent = begin(journal, creating)
     before = journal.group()
-    seen = other.view_number()
+    seen = caught_up(other).view_number()
     epoch = journal.begin_clear()
     assert epoch > before.epoch
     assert journal.group().cleared == journal.group().epoch == epoch
     assert {one.membership for one in journal.members()} == {Membership.OUT_OF_SYNC}
-    assert other.view_number() != seen and other.changes(0, before.epoch).everything
+    assert caught_up(other).view_number() != seen and other.changes(0, before.epoch).everything
     gone: list[bytes] = []
     while some := journal.clear_some(2):
         assert len(some) <= 2
@@ -1112,7 +1112,7 @@ def begin_rotation(journal: Journal, rotation: Rotation) -> None:
 
 def test_rotation(journal, other):
     record = make_live(journal, "a")
-    stale, seen = revision_of(journal), other.view_number()
+    stale, seen = revision_of(journal), caught_up(other).view_number()
     rotation = rotation_of(journal)
     with pytest.raises(ValueError, match="not the present ones"):
         begin_rotation(journal, rotation_of(journal, domain_key_id=b"another"))
@@ -1120,7 +1120,7 @@ def test_rotation(journal, other):
     group = other.group()
     assert (group.domain_key_id, group.partition_key_id, group.reference) == (b"new", b"newer", b"proof")
     assert group.rotation == rotation and not group.rotation.finished
-    assert other.view_number() != seen and other.changes(group.change - 1, group.epoch).members
+    assert caught_up(other).view_number() != seen and other.changes(group.change - 1, group.epoch).members
     with pytest.raises(StaleMembership):  # it was sealed under the keys before
         journal.begin_create([new_object()], asking=[], membership_revision=stale)
     with pytest.raises(ValueError, match="not finished"):
@@ -1135,7 +1135,7 @@ def test_rotation(journal, other):
 def test_rewrap_compares_what_was_sealed_anew(journal, other):
     record, gone = make_live(journal, "a"), make_live(journal, "a")
     journal.destroy(gone.uid, asking=[], membership_revision=revision_of(journal))
-    seen = other.view_number()
+    seen, group = caught_up(other).view_number(), other.group()
     good = (record.uid, record.revision, b"envelope", b"anew")
     late = (record.uid, record.revision, b"envelope", b"too late")
     behind = (record.uid, record.revision + 1, b"anew", b"another revision")
@@ -1143,7 +1143,8 @@ def test_rewrap_compares_what_was_sealed_anew(journal, other):
     assert journal.rewrap([good, late, behind, lost]) == [True, False, False, False]
     after = other.object(record.uid)
     assert (after.envelope, after.revision) == (b"anew", record.revision)
-    assert other.view_number() != seen and record.uid in other.changes(0, other.group().epoch).uids
+    assert caught_up(other).view_number() != seen
+    assert other.changes(group.change, group.epoch).uids == {record.uid}
     assert journal.owed("a") == [row for row in journal.owed("a") if row.uid == gone.uid]
 
 
@@ -1168,8 +1169,11 @@ def test_the_seal_only_grows_and_under_the_lease(backend, journal, other):
     assert journal.group().seal is None
     lease = journal.acquire_lease("seal", ttl=10)
     first = Seal(number=3, head=b"three", mac=b"sealed")
+    before = caught_up(other).group()
     journal.put_seal(first, lease=lease)
     assert other.group().seal == first
+    moved = caught_up(other).changes(before.change, before.epoch)
+    assert (moved.uids, moved.members) == (frozenset(), True)
     with pytest.raises(ValueError, match="sealed already"):
         journal.put_seal(Seal(number=2, head=b"two", mac=b"sealed"), lease=lease)
     journal.release_lease(lease)
