@@ -26,11 +26,14 @@ from hagroup.admin.options import (
     Json,
     PinEnv,
     PinFile,
+    Yes,
     choose,
     chosen_config,
     confirm,
     fail,
     print_json,
+    say,
+    typed,
 )
 from hagroup.admin.pins import default_config
 from hagroup.admin.verify_commands import verify
@@ -109,6 +112,17 @@ def group_show(as_json: Json = False) -> None:
         print_json(found)
     else:
         show.facts(found)
+
+
+@group_app.command("delete")
+def group_delete(pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False) -> None:
+    """Delete an empty group: its keys and manifests on every member, its journal, its serial number in hagroup.toml.
+
+    Objects are destroyed by `ha-admin clear` before. Where a member cannot be reached nothing more is done after the
+    others: the same command completes it. The journal's file is kept under another name; it opens nothing any more.
+    """
+    deleted = commands.delete_group(chosen_config(), pin=(pin_file, pin_env), confirm=None if yes else typed)
+    say(deleted)
 
 
 @app.command()

@@ -11,12 +11,13 @@ import msgspec
 from hagroup import bootstrap
 from hagroup.admin import pins
 from hagroup.admin.progress import going_down
+from hagroup.config import write
 from hagroup.config.load import load
-from hagroup.config.model import GroupConfig, MemberConfig
+from hagroup.config.model import GroupConfig, MemberConfig, SqliteUrl
 from hagroup.config.pins import Pin, pin_source_identity, pin_source_stamp, read_pin_stamped
 from hagroup.core.attributes import CKA, CKK, CKO
 from hagroup.core.states import State
-from hagroup.engine import replica
+from hagroup.engine import leaving, membership, replica
 from hagroup.engine import setup as group_setup
 from hagroup.engine import status as group_status
 from hagroup.engine.group import GroupEngine
@@ -80,6 +81,34 @@ def create(
         raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
     serial = group_setup.create_group(config, given, officer, sealed=sealed, clock=SystemClock())
     print(f"group {config.group.label} ({serial}) created: {names}")
+
+
+def delete_group(path: Path, *, pin: PinOptions, confirm: Callable[[str, str], bool] | None) -> str:
+    """``group delete``. Returns what was done, in one sentence."""
+    config = load(path)
+    if not isinstance(config.journal.url, SqliteUrl):
+        raise ConfigurationError(
+            f"{path}: [journal] url {config.journal.url}: only a group with a journal on this host"
+        )
+    label, journal_file = config.group.label, config.journal.url.path
+    with opened_journal(config) as journal:
+        given = stamped_pins(config, pin)
+        question = f"This deletes group {label} and its keys on every member, for ever. Type its label to go on"
+        if confirm is not None and not confirm(question, label):
+            raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
+        with membership.alone(journal):
+            left = leaving.delete_group(config, journal, given)
+        remains = "; ".join(f"{name}: {one.why_not}" for name, one in left.items() if one.why_not is not None)
+        if remains:
+            raise GroupUnavailable(f"not every member could be wiped ({remains}): run the same command again")
+        journal.event("group deleted", f"nothing of it is left on {', '.join(left)}")
+    kept = journal_file.with_name(f"{journal_file.name}.deleted-{config.group.serial}")
+    journal_file.rename(kept)
+    Path(f"{journal_file}.view").unlink(missing_ok=True)
+    write.drop_group_serial(path)
+    strangers = sum(one.strangers for one in left.values())
+    also = f"; {strangers} objects that were not the group's are left on its members" if strangers else ""
+    return f"group {label} ({config.group.serial}) is deleted{also}; its journal is kept as {kept}"
 
 
 def user_pins(config: GroupConfig, options: PinOptions) -> dict[str, Pin]:

@@ -143,6 +143,24 @@ def set_group_serial(path: str | os.PathLike[str], serial: str) -> GroupConfig:
     return _rewrite(before, changed, expected)
 
 
+def drop_group_serial(path: str | os.PathLike[str]) -> GroupConfig:
+    """Takes ``[group] serial`` out: the group was deleted, and may be created anew."""
+    before, text = _read(path)
+    place = Lines(text).place(("group", "serial"))
+    if place is None:
+        return before
+    start, end = place.key_start, place.value_end
+    if text[end:].lstrip(" \t").startswith(","):  # an inline table
+        end = text.index(",", end) + 1
+    else:
+        line = text.rfind("\n", 0, start) + 1
+        behind = text.find("\n", end)
+        if not text[line:start].strip():
+            start, end = line, len(text) if behind < 0 else behind + 1
+    expected = msgspec.structs.replace(before, group=msgspec.structs.replace(before.group, serial=None))
+    return _rewrite(before, text[:start] + text[end:], expected)
+
+
 def _with_serial_after_label(text: str, lines: Lines, serial: str) -> str:
     """The new key stands after ``label``, which every file has, written in the same way."""
     label, group = lines.place(("group", "label")), lines.place(("group",))

@@ -4,13 +4,14 @@ from the journal and from hagroup.toml. Interrupted anywhere, the same call comp
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from hagroup.config import write
 from hagroup.config.load import load
 from hagroup.config.logging import get_logger
+from hagroup.config.model import GroupConfig
 from hagroup.config.pins import Pin
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.ckr import CKR
@@ -65,7 +66,7 @@ def remove(group: GroupEngine, name: str, pin: tuple[Pin, str, str] | None, *, k
         time.sleep(GRACE)
         group.journal.update_member(name, membership=Membership.QUARANTINED, reason=BEING_REMOVED)
         group.follow()
-    left = _clear(group, record, pin, keep=keep)
+    left = _clear(group.config, group.journal, record, pin, keep=keep)
     group.journal.remove_member(name)
     data = {} if left.why_not is None else {f"member:{name}": "to do"}
     group.journal.event("member removed", _told(left, record, keep=keep), member=name, data=data)
@@ -121,28 +122,51 @@ def _refuse_loss(journal: Journal, name: str, *, lose: bool) -> None:
         )
 
 
-def _clear(group: GroupEngine, record: MemberRecord, pin: tuple[Pin, str, str] | None, *, keep: bool) -> Left:
-    config = next((member for member in load(group.config.path).members if member.name == record.name), None)
+def delete_group(config: GroupConfig, journal: Journal, pins: Mapping[str, tuple[Pin, str, str]]) -> dict[str, Left]:
+    """Nothing of the group is left on any token: its manifests, records and the domain's keys go. The journal and
+    hagroup.toml are the caller's. Interrupted, the same call completes it.
+
+    :param pins: user PIN, its source and stamp, by member.
+    :returns: what became of each member's token; the group is deleted if none says ``why_not``.
+    :raises ConfigurationError: it has objects still; nothing was changed.
+    """
+    counts = journal.counts()
+    if counts["live"] or counts["creating"]:
+        raise ConfigurationError(
+            f"group {config.group.label} has {counts['live'] + counts['creating']} objects: destroy them first, with "
+            f"`ha-admin clear`, or back them up{NOT_CHANGED}"
+        )
+    found = {}
+    for record in journal.members():
+        found[record.name] = _clear(config, journal, record, pins.get(record.name), keep=False)
+        log.info("member.wiped", member=record.name, reason=found[record.name].why_not)
+    return found
+
+
+def _clear(
+    group: GroupConfig, journal: Journal, record: MemberRecord, pin: tuple[Pin, str, str] | None, *, keep: bool
+) -> Left:
+    config = next((member for member in load(group.path).members if member.name == record.name), None)
     if config is None or pin is None:
         return Left(0, 0, "it is not in hagroup.toml" if config is None else "no PIN for it was at hand")
-    timeout = group.config.timeouts.generate
+    timeout = group.timeouts.generate
     try:
-        life = open_life(config, group.journal, generation=1, timeout=timeout, serial=record.serial)
+        life = open_life(config, journal, generation=1, timeout=timeout, serial=record.serial)
     except (Ckr, DeadlinePassed, ModuleProblem, HAError, *CONNECTION_LOST) as error:
         return Left(0, 0, str(error))
     try:
         if life.token.serial != record.serial:
             return Left(0, 0, f"another token is in its place ({life.token.serial})")
         member = Member(config, rank=(0, 0), standby=False)
-        log_in(group.journal, member, life, *pin, automatic=True, timeout=timeout)
-        return _destroy_all(group, record.name, life, keep=keep, timeout=timeout)
+        log_in(journal, member, life, *pin, automatic=True, timeout=timeout)
+        return _destroy_all(journal, record.name, life, keep=keep, timeout=timeout)
     except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
         return Left(0, 0, str(error))
     finally:
         life.connection.close()
 
 
-def _destroy_all(group: GroupEngine, name: str, life: Life, *, keep: bool, timeout: float) -> Left:
+def _destroy_all(journal: Journal, name: str, life: Life, *, keep: bool, timeout: float) -> Left:
     entries = [entry for entry in inventory(life.connection, timeout=timeout) if entry.token]
     strangers = [entry for entry in entries if not entry.own and not entry.ghost]
     own = sorted((entry for entry in entries if entry.own), key=_order)
@@ -150,7 +174,7 @@ def _destroy_all(group: GroupEngine, name: str, life: Life, *, keep: bool, timeo
         manifests = [entry for entry in own if entry.label.startswith(MANIFEST_LABEL)]
         _destroy(life.connection, manifests, timeout=timeout)
         return Left(0, len(strangers), None)
-    ours = _objects_of_the_group(group, name, life.connection, strangers, timeout=timeout)
+    ours = _objects_of_the_group(journal, name, life.connection, strangers, timeout=timeout)
     _destroy(life.connection, ours, timeout=timeout)
     _destroy(life.connection, own, timeout=timeout)
     return Left(len(ours), len(strangers) - len(ours), None)
@@ -173,16 +197,16 @@ def _destroy(connection: Connection, entries: Iterable[InventoryEntry], *, timeo
 
 
 def _objects_of_the_group(
-    group: GroupEngine, name: str, connection: Connection, entries: Iterable[InventoryEntry], *, timeout: float
+    journal: Journal, name: str, connection: Connection, entries: Iterable[InventoryEntry], *, timeout: float
 ) -> list[InventoryEntry]:
     """By locator (present and former ones) and fingerprint; what the group destroyed, and may still be here, too."""
     by_locator: dict[Locator, list[InventoryEntry]] = {}
     for entry in entries:
         by_locator.setdefault(entry.locator, []).append(entry)
     wanted: list[tuple[set[Locator], Fingerprint]] = [
-        (_locators(group, name, record), record.fingerprint) for record in group.journal.objects()
+        (_locators(journal, name, record), record.fingerprint) for record in journal.objects()
     ]
-    wanted += [(set(tombstone.locators), tombstone.fingerprint) for tombstone in group.journal.tombstones()]
+    wanted += [(set(tombstone.locators), tombstone.fingerprint) for tombstone in journal.tombstones()]
     found: dict[int, InventoryEntry] = {}
     for locators, fingerprint in wanted:
         for locator in locators:
@@ -193,10 +217,10 @@ def _objects_of_the_group(
     return list(found.values())
 
 
-def _locators(group: GroupEngine, name: str, record: ObjectRecord) -> set[Locator]:
+def _locators(journal: Journal, name: str, record: ObjectRecord) -> set[Locator]:
     found = {record.locator}
     if record.state is ObjectState.LIVE:
-        copies, owed = group.journal.placement(record.uid)
+        copies, owed = journal.placement(record.uid)
         if name in copies:
             found.add(copies[name].locator)
         if name in owed:

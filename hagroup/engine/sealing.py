@@ -7,6 +7,7 @@ noticed as well. The chain begins with the first event: the newest seal speaks f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
 
@@ -21,6 +22,7 @@ from hagroup.engine.domain_keys import DomainKeys, IntegrityAlarm, open_data, se
 from hagroup.engine.member import Life
 from hagroup.engine.roster import CONNECTION_LOST, Roster
 from hagroup.engine.view import View
+from hagroup.errors import JournalUnavailable
 from hagroup.journal.api import Journal, LeaseLost
 from hagroup.members.api import Connection
 
@@ -129,7 +131,10 @@ class Sealer:
         members = [one for one in self._roster.serving() if one.life is not None and one.life.keys is not None]
         if not members or members[0].life is None or self._roster.journal_behind() is not None:
             return
-        lease = self._journal.acquire_lease("seal", ttl=LEASE)
+        try:
+            lease = self._journal.acquire_lease("seal", ttl=LEASE)
+        except JournalUnavailable:
+            return
         if lease is None:
             return
         life = members[0].life
@@ -142,10 +147,11 @@ class Sealer:
         except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
             self._roster.lost(members[0], life, str(error))
             return
-        except LeaseLost:
-            return
+        except (LeaseLost, JournalUnavailable):
+            return  # the next one goes on
         finally:
-            self._journal.release_lease(lease)
+            with contextlib.suppress(JournalUnavailable):
+                self._journal.release_lease(lease)
         self._show()
 
     def _next(self, life: Life) -> Seal | None:

@@ -41,6 +41,8 @@ class GroupStream:
         self._kind = kind
         self._mech = mech
         self._key = key
+        self._objects: list[Usable] = [] if key is None else [key]
+        """What a member has to have: the key, and what was digested in between."""
         self._pin = pin
         self._logged_in = logged_in
         self._keys_of = keys_of
@@ -63,13 +65,11 @@ class GroupStream:
         """Choose a member, C_...Init there."""
 
         def init(life: Life, handles: list[Handle]) -> tuple[Life, SessionId]:
-            key = handles[0] if handles else 0
+            key = handles[0] if self._key is not None else 0
             stream = life.connection.stream_open(self._kind, self._mech, key, pin=self._pin, timeout=self._timeout)
             return life, stream
 
-        self._life, self._id = self._caller.run(
-            [] if self._key is None else [self._key], init, logged_in=self._logged_in, mechanism=self._mech[0]
-        )
+        self._life, self._id = self._caller.run(self._objects, init, logged_in=self._logged_in, mechanism=self._mech[0])
         self._member = next((m for m in self._roster.members.values() if m.life is self._life), None)
         if self._member is not None:
             with self._roster.changed:
@@ -84,7 +84,10 @@ class GroupStream:
         return self._carry_on(data)
 
     def update_key(self, uid: bytes) -> None:
-        self._carry_on(self._keys_of(uid))
+        """Its member may not have this key (yet): then the operation goes to one that has."""
+        key = self._keys_of(uid)
+        self._objects.append(key)
+        self._carry_on(key)
 
     def final(self, signature: bytes = b"") -> bytes:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_sign_verify_and_digest(faulty: FaultGroup, session: Any, keys: dict[str
     faulty.heal(session)
     digest = session.digest(DATA, mechanism=Mechanism.SHA256)
     assert session.digest(failing(faulty, session, fail, CHUNKS), mechanism=Mechanism.SHA256) == digest
+
+
+def test_a_key_that_its_member_does_not_have_yet(faulty: FaultGroup, session: Any) -> None:
+    """Digested in the middle of a stream: it goes on with a member that has the key."""
+    control = faulty.controls["hsm2"]
+    faulty.prefer(session, "hsm1")
+    held = control.add("C_UnwrapKey", "late", times=1)
+    template = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
+    key = session.generate_key(KeyType.AES, 128, store=True, label="digested", template=template)
+    control.wait_held(held)
+    expected = hashlib.sha256(b"before" + key[Attribute.VALUE] + b"after").digest()
+    faulty.prefer(session, "hsm2")
+    assert session.digest((b"before", key, b"after"), mechanism=Mechanism.SHA256) == expected
+    control.clear()
+    key.destroy()
 
 
 def test_a_second_member_fails_in_the_replay(faulty: FaultGroup, session: Any, keys: dict[str, Any]) -> None:
