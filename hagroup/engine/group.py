@@ -34,7 +34,7 @@ from hagroup.engine.roster import Roster, thread_pool
 from hagroup.engine.session import VirtualSession
 from hagroup.engine.supervisor import Supervisor
 from hagroup.engine.view import ObjectView, View
-from hagroup.errors import GroupUnavailable
+from hagroup.errors import GroupUnavailable, JournalUnavailable
 from hagroup.journal.api import Journal
 from hagroup.journal.mirror import Mirror
 from hagroup.members.api import MechanismInfo
@@ -87,6 +87,8 @@ class GroupEngine:
         self._session_objects: dict[bytes, SessionObject] = {}
         self._pid = os.getpid()
         self._closed = False
+        self._without_journal: str | None = None
+        """Why this process, forked from the one that opened the group, cannot use it."""
         self.roster.wake = self.supervisor.wake
         self.roster.on_new_keys = self._seal_session_objects_anew
         _groups.add(self)
@@ -176,6 +178,8 @@ class GroupEngine:
 
     def follow(self) -> None:
         """Before every operation: drop what others changed (DESIGN.md 4.5)."""
+        if self._without_journal is not None:
+            raise JournalUnavailable(self._without_journal)
         self.view.refresh()
         self.roster.follow_journal()
 
@@ -288,8 +292,6 @@ class GroupEngine:
                 with contextlib.suppress(Exception):
                     member.life.connection.abandon_after_fork()
         self._lock = threading.Lock()
-        self.journal.reopen_after_fork()
-        self.view.renew_after_fork()
         self.roster.renew_after_fork()
         self.replicator.in_flight.renew_after_fork()
         self.access.renew_after_fork()
@@ -298,6 +300,20 @@ class GroupEngine:
         self.supervisor = Supervisor(self.roster, self.view, self.journal, self.replicator, self.clock, self.close)
         self._repairs = self._report_to(self.supervisor)
         self.roster.wake = self.supervisor.wake
+        self._begin_after_fork()
+
+    def _begin_after_fork(self) -> None:
+        """Without the journal nothing can begin here; other groups of this process are not held up by it."""
+        try:
+            self.journal.reopen_after_fork()
+            self.view.renew_after_fork()
+        except Exception as error:
+            self._without_journal = (
+                f"this process was forked while the group's journal could not be opened ({error}): when it can be, "
+                "call the library's reinitialize()"
+            )
+            log.warning("journal.unavailable", error=self._without_journal)
+            return
         if self._supervised:
             self.supervisor.start()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import threading
 import time
 import traceback
@@ -186,3 +187,30 @@ def test_a_child_that_ends_takes_no_worker_of_the_parent_along(forked_group: Gro
     in_child(lambda: session.close())
     assert {name: worker.pid for name, worker in forked_group.workers().items()} == before
     private.sign(b"data", mechanism=PKCS1)
+
+
+def test_a_group_whose_journal_is_away_at_the_fork(fast_folder: Path, session: Any) -> None:
+    """It says so in the child, serves there again when asked to, and stands in no other group's way."""
+    _, private = pair(session, "beside")
+    expected = private.sign(b"data", mechanism=PKCS1)
+    group = make_group(Path(tempfile.mkdtemp(dir=fast_folder)) / "away", members=1)
+    journal, away = group.folder / "journal.db", group.folder / "journal.db.away"
+    lib = pkcs11.lib(str(group.toml))
+    try:
+        with lib.get_token().open(rw=True, user_pin=PIN) as other:
+            other.generate_key(KeyType.AES, 256, store=True, label="of the other group")
+            journal.rename(away)
+
+            def child() -> None:
+                sign_once(private, expected)
+                with pytest.raises(pkcs11.JournalUnavailable, match=r"reinitialize\(\)"):
+                    other.get_key(label="of the other group")
+                away.rename(journal)
+                lib.reinitialize()
+                with lib.get_token().open(user_pin=PIN) as again:
+                    assert again.get_key(label="of the other group").encrypt(b"x", mechanism_param=bytes(16))
+
+            in_child(child)
+            assert other.get_key(label="of the other group").encrypt(b"x", mechanism_param=bytes(16))
+    finally:
+        lib.unload()

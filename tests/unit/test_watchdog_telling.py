@@ -85,13 +85,13 @@ def test_hook_gets_the_event(tmp_path: Path) -> None:
 
 
 def test_hook_does_not_get_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HSM1_PIN", "1234")
+    monkeypatch.setenv("HSM1_PIN", "the-pin-of-hsm1")
     monkeypatch.setenv("NOTIFY_SOCKET", "/run/x")
     command = ("sh", "-c", f"cat > /dev/null; env > {tmp_path}/env")
     Hook(command, hidden=frozenset({"HSM1_PIN"}))(EVENT)
     text = (tmp_path / "env").read_text()
     assert "PATH=" in text
-    assert "1234" not in text
+    assert "the-pin-of-hsm1" not in text
     assert "NOTIFY_SOCKET" not in text
 
 
