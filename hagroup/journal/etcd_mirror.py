@@ -43,11 +43,13 @@ class Mirror:
         keys: Keys,
         times: SeenTimes,
         *,
-        keep_alive: Callable[[], None],
+        registered: float,
+        keep_alive: Callable[[], bool],
         seen: Callable[[int], None],
     ) -> None:
         """
-        :param keep_alive: called every few seconds: renews the registration.
+        :param registered: when (monotonic) the registration was asked for.
+        :param keep_alive: called every few seconds: renews the registration; False: it had run out, and is a new one.
         :param seen: called with the revision up to which live objects were changed or destroyed, once nobody here
             gets the old ones any more.
         """
@@ -67,8 +69,8 @@ class Mirror:
         self._log: deque[tuple[int, bytes]] = deque(maxlen=_LISTED)
         self._log_from = 0
         self._members_moved = 0
-        self._confirmed = time.monotonic()
-        self._kept_alive = time.monotonic()
+        self._answered = time.monotonic()
+        self._kept_alive = registered
         self._load()
         self._thread = threading.Thread(target=self._run, name="journal watch", daemon=True)
         self._thread.start()
@@ -117,8 +119,8 @@ class Mirror:
 
     @property
     def lapsed(self) -> bool:
-        """Whether others no longer count on this process."""
-        return time.monotonic() - self._confirmed > TTL
+        """Whether others no longer count on this process: counted from when its registration was asked to be kept."""
+        return time.monotonic() - self._kept_alive > TTL
 
     def wait_for(self, revision: int, *, patience: float = 2.0) -> bool:
         """Until the watch brought it."""
@@ -170,15 +172,11 @@ class Mirror:
     def _run(self) -> None:
         while not self._stop:
             try:
-                if time.monotonic() - self._kept_alive > _KEEP_ALIVE:
-                    self._keep_alive()
-                    self._kept_alive = time.monotonic()
                 # Linearizable: only a node that belongs to a quorum answers.
                 self._client.call("/kv/range", range_of(self._keys.group, keys_only=True), patience=0, always=True)
-                if self.lapsed:
-                    self._load()
-                    self._tell(self.revision)
-                self._confirmed, self._client.available = time.monotonic(), True
+                # At once: whatever follows is refused before it is asked as long as nobody is known to answer.
+                self._answered, self._client.available = time.monotonic(), True
+                self._stay_registered()
                 if self._untold:
                     self._tell(self._untold)
                 self._follow()
@@ -186,6 +184,15 @@ class Mirror:
                 self._reload()
             except JournalUnavailable:
                 self._silent()
+
+    def _stay_registered(self) -> None:
+        asked = time.monotonic()
+        if asked - self._kept_alive <= _KEEP_ALIVE:
+            return
+        if not self._keep_alive() or self.lapsed:
+            self._load()
+            self._tell(self.revision)
+        self._kept_alive = asked
 
     def _tell(self, revision: int) -> None:
         """Again at the next opportunity where it cannot be told now: others wait for it."""
@@ -201,7 +208,7 @@ class Mirror:
             self._silent()
 
     def _silent(self) -> None:
-        if time.monotonic() - self._confirmed > ELECTION:
+        if time.monotonic() - self._answered > ELECTION:
             self._client.available = False
         with self._news:
             self._news.wait_for(lambda: self._stop, 0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import secrets
@@ -60,11 +61,17 @@ class EtcdOpened(Writer):
         self._registration: owners.Registration | None = None
         self._lease = 0
         self._times = SeenTimes(self._clock)
+        registered = time.monotonic()
         if not self._read_only:
             self._register()
         try:
             self._mirror = Mirror(
-                self._client, self._keys, self._times, keep_alive=self._keep_alive, seen=self._acknowledge
+                self._client,
+                self._keys,
+                self._times,
+                registered=registered,
+                keep_alive=self._keep_alive,
+                seen=self._acknowledge,
             )
         except BaseException:
             self._leave()
@@ -90,13 +97,17 @@ class EtcdOpened(Writer):
         if earlier is not None:
             earlier.release()
 
-    def _keep_alive(self) -> None:
-        """By the mirror's thread, every few seconds."""
+    def _keep_alive(self) -> bool:
+        """By the mirror's thread, every few seconds. False: it was frozen or cut off for so long that it is a new owner
+        now, and what it had begun is others' to finish."""
         if self._read_only:
-            return
-        if not self._client.keep_alive(self._lease, patience=0, always=True):
-            self._register()  # it was frozen or cut off: what it had begun is others' to finish
-        self._settle_later()
+            return True
+        kept = self._client.keep_alive(self._lease, patience=0, always=True)
+        if not kept:
+            self._register()
+        with contextlib.suppress(JournalUnavailable):  # the next time
+            self._settle_later()
+        return kept
 
     def _acknowledge(self, revision: int) -> None:
         """Tell those who wait in ``destroy`` that nobody here uses the old view any more."""

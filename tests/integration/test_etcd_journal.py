@@ -14,6 +14,7 @@ from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import EtcdJournal
 from hagroup.journal.etcd_client import EtcdClient, Unanswered, b64
 from tests.support.etcd import EtcdBackend, cluster
+from tests.support.groups import wait_until
 from tests.support.journals import confirm, installed, make_live, member, new_object, revision_of
 
 pytestmark = pytest.mark.xdist_group("etcd")
@@ -177,3 +178,18 @@ def test_an_outcome_that_nobody_can_tell_is_settled_later(
     assert other.claim([("a", record.uid)], worker=None, membership_revision=1)
     assert confirm(other, installed("a", record)) == [True]
     assert other.go_live(left[0].id, needed=1, serving=["a"])
+
+
+def test_who_lost_his_registration_while_nobody_answered_comes_back_by_himself(
+    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage, or a freeze, that was longer than a registration lasts."""
+    monkeypatch.setattr("hagroup.journal.etcd_mirror._KEEP_ALIVE", 0.05)
+    journal, other = backend.open(), backend.open()
+    before = journal.owner
+    other._client.revoke(journal._lease)
+    journal._client.available = False
+    wait_until(lambda: journal.owner != before and journal._client.available, "it registers anew")
+    record = make_live(journal, "a")
+    assert other.object(record.uid) == record
+    assert not other.owner_alive(before)
