@@ -13,11 +13,9 @@ from hagroup.config.model import JournalSection
 from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import EtcdJournal
 from hagroup.journal.etcd_client import EtcdClient, Unanswered, b64
-from tests.support.etcd import EtcdBackend, cluster
+from tests.support.etcd import EtcdBackend, one_node
 from tests.support.groups import wait_until
 from tests.support.journals import confirm, installed, make_live, member, new_object, revision_of
-
-pytestmark = pytest.mark.xdist_group("etcd")
 
 
 @pytest.fixture
@@ -30,7 +28,7 @@ def backend(tmp_path: Path) -> Iterator[EtcdBackend]:
 @pytest.fixture
 def authenticated(tmp_path: Path) -> Iterator[JournalSection]:
     """The cluster with authentication on: a user who may do everything below /hagroup/."""
-    section = cluster().section()
+    section = one_node().section()
     client = EtcdClient(section)
     password = tmp_path / "password"
     password.write_text("right\n")
@@ -82,11 +80,11 @@ def test_user_and_password(authenticated: JournalSection, tmp_path: Path) -> Non
 
 def test_what_is_not_there_is_said(backend: EtcdBackend, tmp_path: Path) -> None:
     with pytest.raises(JournalUnavailable, match="does not exist"):
-        EtcdJournal.open(cluster().section())
+        EtcdJournal.open(one_node().section())
     with pytest.raises(JournalUnavailable, match="already"):
         create(backend.section)
     other = tmp_path / "other-ca.pem"
-    other.write_bytes((cluster().folder / "node.pem").read_bytes())
+    other.write_bytes((one_node().folder / "node.pem").read_bytes())
     with pytest.raises(JournalUnavailable, match="certificate"):
         EtcdJournal.open(replace(backend.section, ca=other))
 

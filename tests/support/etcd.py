@@ -1,4 +1,4 @@
-"""One real etcd cluster for all tests of a process, on tmpfs, started by the first that needs it."""
+"""Real etcd nodes on tmpfs: one for all tests of a process that need no more, started by the first; or a cluster."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ _numbers = itertools.count(1)
 
 
 class Cluster:
-    """Three nodes, and what is done to them."""
+    """Some nodes, and what is done to them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.endpoints = etcd_cluster.start(folder, 3)
-        self.nodes = [f"node{n}" for n in (1, 2, 3)]
-        self._nodes = etcd_cluster.read_nodes(folder)
+    def __init__(self, count: int) -> None:
+        base = Path("/dev/shm")
+        self.folder = Path(tempfile.mkdtemp(prefix="hagroup-etcd-", dir=base if base.is_dir() else None))
+        atexit.register(self._stop_at_exit, os.getpid())
+        self.endpoints = etcd_cluster.start(self.folder, count)
+        self.nodes = [f"node{n + 1}" for n in range(count)]
+        self._nodes = etcd_cluster.read_nodes(self.folder)
 
     def section(self, name: str | None = None, **more: object) -> JournalSection:
         """``[journal]`` for a group of its own."""
@@ -78,19 +80,15 @@ class Cluster:
         etcd_cluster.stop(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _stop_at_exit(self, process: int) -> None:
+        if os.getpid() == process:  # not in a forked child
+            self.stop()
+
 
 @functools.cache
-def cluster() -> Cluster:
-    base = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="hagroup-etcd-", dir=base if base.is_dir() else None))
-    made = Cluster(folder)
-    atexit.register(_stop, made, os.getpid())
-    return made
-
-
-def _stop(made: Cluster, process: int) -> None:
-    if os.getpid() == process:  # not in a forked child
-        made.stop()
+def one_node() -> Cluster:
+    """For what is the same whatever the number of nodes."""
+    return Cluster(1)
 
 
 class EtcdBackend:
@@ -98,7 +96,7 @@ class EtcdBackend:
 
     def __init__(self, folder: Path, members: list[MemberRecord]) -> None:
         self.clock = FakeClock()
-        self.section = cluster().section()
+        self.section = one_node().section()
         self._opened: list[EtcdJournal] = []
         EtcdJournal.create(
             self.section,
