@@ -11,10 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.groups import GroupFixture, make_group
 
 _numbers = itertools.count(1)
+
+settings.register_profile("suite", derandomize=True)
+settings.load_profile("suite")
+"""The same examples each time: what fails here was broken by what was changed. ``--hypothesis-profile=default`` takes
+others, and ``tools/explore`` is there to find what nobody thought of."""
 
 with contextlib.suppress(ValueError):  # not in the main thread
     # Where the tests run in the background of a script, SIGINT is ignored, and every program that they start would

@@ -199,11 +199,12 @@ class Journal(Protocol):
     ) -> Intent:
         """Open an intent to bring a live object from ``revision`` to the next one. Every member with a copy gets an
         owed ``set`` row (those of ``asking`` claimed and sent); members that owe an ``install`` go on owing it, for the
-        new revision once committed, and are not asked: **only the intent's ``asked`` may be**. A claim of another owner
-        on such a row is taken over, and what that owner then confirms is refused; so better do not ask members that
-        owe something for the object. Old and new locators are kept in the rows. ``announced`` of the members moves to
-        the intent's change number. Where another object may have the same value in the place that it comes to, the
-        intent has a ``new_member_id``: what members are asked for is ``Intent.outcome``.
+        new revision once committed, and are not asked, nor are those for whose answer this owner still waits: **only
+        the intent's ``asked`` may be**. A claim of another owner on such a row is taken over, and what that owner then
+        confirms is refused; so better do not ask members that owe something for the object. Old and new locators are
+        kept in the rows. ``announced`` of the members moves to the intent's change number. Where another object may
+        have the same value in the place that it comes to, the intent has a ``new_member_id``: what members are asked
+        for is ``Intent.outcome``.
         Raises :class:`Busy` (for a second change by this owner too), :class:`NoLongerLive`,
         :class:`StaleMembership`."""
         ...

@@ -126,7 +126,7 @@ class Changing(Writer):
                 row = before or rules.new_row(name, uid, OwedKind.SET, t.change)
                 known = rules.merged(locators, (copies[name].locator,) if name in copies else ())
                 row = rules.to_be_set(row, revision + 1, known, t.change)
-                if name in asked and row.kind is OwedKind.SET:
+                if name in asked and row.kind is OwedKind.SET and not rules.waits(row, t.owner):
                     row = rules.asked(row, t.asker(asked[name]))
                     may_ask.append(name)
                 t.put_owed(before, row)

@@ -144,6 +144,12 @@ def _without(row: OwedRow, attempts: Collection[Attempt], owner: str | None = No
     return replace(row, attempts=left, owner=None if row.owner == owner else row.owner)
 
 
+def waits(row: OwedRow, owner: str) -> bool:
+    """Whether this owner asked the member already, and did not give up. Asked to set something again, it could not tell
+    by the journal which of the two was answered."""
+    return _own(row, owner) is not None
+
+
 _PRESENT = (OwedKind.INSTALL, OwedKind.SET)
 
 

@@ -186,8 +186,8 @@ MUTATIONS = (
         "view number not compared",
         "a process goes on using what another one destroyed (4.5)",
         "hagroup/engine/group.py",
-        '"""Before every operation: drop what others changed (DESIGN.md 4.5)."""\n        self.view.refresh()\n',
-        '"""Before every operation: drop what others changed (DESIGN.md 4.5)."""\n',
+        "            raise JournalUnavailable(self._without_journal)\n        self.view.refresh()\n",
+        "            raise JournalUnavailable(self._without_journal)\n",
         f"{PROTOCOL}::test_what_another_process_destroyed_is_refused",
     ),
 )

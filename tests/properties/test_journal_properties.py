@@ -288,7 +288,8 @@ class JournalMachine(RuleBasedStateMachine):
         self._claim(self.processes[who], data)
 
     def _claim(self, journal: SqliteJournal, data: st.DataObject) -> tuple[OwedRow, Call] | None:
-        rows = journal.owed()
+        at_work = {(c.member, c.record.uid) for c in self.calls if c.waiting and c.owner is journal}
+        rows = [row for row in journal.owed() if (row.member, row.uid) not in at_work]  # as the engine's InFlight.take
         if not rows:
             return None
         chosen = data.draw(st.sampled_from(rows))
