@@ -272,6 +272,7 @@ _REFUSALS = {
     "too many operations": "more operations than etcd takes at once (--max-txn-ops is below 128)",
     "request is too large": "more than etcd takes at once (1.5 MB): an object is too large for this journal",
     "database space exceeded": "etcd has no space left: compact and defragment it, then disarm its alarm",
+    "requested lease not found": "this process's registration ran out; it registers anew by itself: try again",
     "permission denied": "etcd does not allow it to this user: grant it the keys below /hagroup/",
     "authentication failed": "etcd refuses the user or password: correct [journal] user and password_file",
     "authentication is not enabled": "etcd has authentication off: take [journal] user and password_file out",

@@ -8,6 +8,7 @@
 | ``v/member/NAME``, ``v/announced/NAME`` | the member's record; its revision is ``announced`` |
 | ``v/object/UID`` | :class:`Document`: record, copies and owed rows of one object, compared and written whole |
 | ``v/seal`` | the event log's seal, read with the group; who writes it compares it |
+| ``v/sync`` | nothing: who wants to know whether he has all news writes it, and waits for it |
 | ``v/all``, ``v/notice`` | written when so much moves that it is not listed; when others look again |
 | ``x/owner/ID`` | a living process, under its lease |
 | ``x/tx/ID`` | a transaction that was committed, or aborted before it could be |
@@ -109,7 +110,7 @@ class Keys:
         self.seal = f"{self.view}seal"
         self.all = f"{self.view}all"
         self.notice = f"{self.view}notice"
-        self.sync = f"{self.view}sync/"
+        self.sync = f"{self.view}sync"
         rest = f"{self.root}x/"
         self.owners, self.acks, self.tx = f"{rest}owner/", f"{rest}ack/", f"{rest}tx/"
         self.stones, self.gone = f"{rest}stone/", f"{rest}gone/"

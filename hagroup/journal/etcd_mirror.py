@@ -11,7 +11,7 @@ import base64
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import msgspec
 
@@ -59,6 +59,8 @@ class Mirror:
         self._stop = False
         self._number = 0
         self._untold = 0
+        self._ahead: dict[bytes, int] = {}
+        """Objects that this process changed, at revisions that the watch has not brought yet."""
         self.revision = 0
         self._documents: dict[bytes, Document] = {}
         self._sorted: list[Document] | None = None
@@ -90,7 +92,12 @@ class Mirror:
             return self._sorted
 
     def document(self, uid: bytes) -> Document:
+        """
+        :raises JournalUnavailable: what this process itself changed since is not known here yet.
+        """
         with self._news:
+            if self._ahead.get(uid, 0) > self.revision:
+                raise self._client.unavailable("its watch brings no news")
             found = self._documents.get(uid, Document(uid=uid))
             return only_listed(self._times.localised(found), self.head.members)
 
@@ -126,6 +133,24 @@ class Mirror:
         """Until the watch brought it."""
         with self._news:
             return self._news.wait_for(lambda: self.revision >= revision or self._stop, patience)
+
+    def written(self, revision: int, uids: Collection[bytes]) -> None:
+        """This process committed a change: it is in the mirror when this returns. Or, where the watch brings no news
+        (an election), the old is at least not used any more: the view number moves, the objects are listed."""
+        if self.wait_for(revision):
+            return
+        with self._news:
+            self._ahead = {uid: at for uid, at in self._ahead.items() if at > self.revision}
+            for uid in uids:
+                self._ahead[uid] = revision
+                self._list(revision, uid)
+            self._members_moved = max(self._members_moved, revision)
+            self._number += 1
+
+    def _list(self, revision: int, uid: bytes) -> None:
+        if len(self._log) == _LISTED:
+            self._log_from = max(self._log_from, self._log[0][0])
+        self._log.append((revision, uid))
 
     # -- keeping up ----------------------------------------------------------------------------------------------
 
@@ -233,15 +258,13 @@ class Mirror:
                 assert isinstance(kv, dict)
                 key, modified = base64.b64decode(kv["key"]).decode(), int(kv["mod_revision"])
                 last = max(last, modified)
-                if modified <= self.revision or key.startswith(keys.sync):
+                if modified <= self.revision or key == keys.sync:
                     continue
                 noticed = True
                 uid = b""
                 if key.startswith(keys.objects):
                     uid = bytes.fromhex(key.removeprefix(keys.objects))
-                    if len(self._log) == _LISTED:
-                        self._log_from = self._log[0][0]
-                    self._log.append((modified, uid))
+                    self._list(modified, uid)
                 elif key == keys.all:
                     self._log.clear()
                     self._log_from = self._members_moved = modified

@@ -59,6 +59,7 @@ class EtcdOpened(Writer):
         self._long: dict[int, tuple[int, float]] = {}
         self._unsettled: dict[str, Json] = {}
         self._registration: owners.Registration | None = None
+        self.former_owners = frozenset()
         self._lease = 0
         self._times = SeenTimes(self._clock)
         registered = time.monotonic()
@@ -93,9 +94,10 @@ class EtcdOpened(Writer):
         put = {"key": b64(f"{self._keys.owners}{registration.owner}"), "value": b64(encode(told)), "lease": str(lease)}
         self._client.call("/kv/put", put)
         earlier, self._registration = self._registration, registration
-        self._lease, self.owner = lease, registration.owner
         if earlier is not None:
+            self.former_owners |= {earlier.owner}
             earlier.release()
+        self._lease, self.owner = lease, registration.owner
 
     def _keep_alive(self) -> bool:
         """By the mirror's thread, every few seconds. False: it was frozen or cut off for so long that it is a new owner
@@ -193,7 +195,7 @@ class EtcdOpened(Writer):
             return
         self._local.revision = self._swap(id_, request)
         if transaction.shows:
-            self._mirror.wait_for(self._local.revision)
+            self._mirror.written(self._local.revision, transaction.changed)
 
     def _swap(self, id_: str, request: Json) -> int:
         """The revision at which it was committed. An error is not a no: the transaction's own key tells.

@@ -42,10 +42,8 @@ class EtcdReading(EtcdOpened):
     def _catch_up(self) -> None:
         """What was committed before this call is in the mirror when it returns."""
         self._check_usable()
-        put = {"key": b64(f"{self._keys.sync}{self.owner}"), "value": "", "lease": str(self._lease)}
-        if self._read_only:
-            put = {"key": b64(f"{self._keys.sync}reader"), "value": ""}
-        revision = int(self._client.call("/kv/put", put)["header"]["revision"])
+        answer = self._client.call("/kv/put", {"key": b64(self._keys.sync), "value": ""})
+        revision = int(answer["header"]["revision"])
         if not self._mirror.wait_for(revision, patience=5.0):
             raise self._client.unavailable("its watch brings no news")
 
@@ -57,11 +55,12 @@ class EtcdReading(EtcdOpened):
 
     def view(self) -> tuple[GroupRecord, list[MemberRecord]]:
         self._check_usable()
+        shown = self._mirror.revision  # before it is read: what comes after is told by ``changes``, twice if need be
         try:
             found = snapshot(self._client, self._keys, self.owner)
         except Unanswered:
-            return group_record(self._mirror.head, self._mirror.revision, self._mirror.seal), self._mirror.members()
-        return group_record(found.head, found.revision, found.seal), list(found.members)
+            return group_record(self._mirror.head, shown, self._mirror.seal), self._mirror.members()
+        return group_record(found.head, shown, found.seal), list(found.members)
 
     def group(self) -> GroupRecord:
         return self.view()[0]

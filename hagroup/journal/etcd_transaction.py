@@ -248,6 +248,11 @@ class EtcdTransaction(Transaction):
         """Whether it writes what others watch."""
         return any(key.startswith(self._keys.view) for key in (*self._puts, *self._deletes))
 
+    @property
+    def changed(self) -> list[bytes]:
+        """Objects that it changes."""
+        return [uid for uid, (_, before, after) in self._documents.items() if before != after]
+
     # -- writing -------------------------------------------------------------------------------------------------
 
     def _put(self, key: str, value: bytes, lease: int = 0) -> None:

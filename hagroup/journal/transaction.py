@@ -283,6 +283,7 @@ class Writer(ABC):
     """What the writing parts of a journal need of their backend."""
 
     owner: str
+    former_owners: frozenset[str] = frozenset()
 
     @abstractmethod
     def _write(self) -> AbstractContextManager[Transaction]:

@@ -3,6 +3,8 @@ configuration of their own; the members are tokens that all of them reach, each 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +18,11 @@ from typing import Any
 
 import pytest
 
+from hagroup.core.attributes import CKA
+from hagroup.errors import JournalUnavailable
+from hagroup.journal.etcd_client import EtcdClient, Unanswered
 from tests.support import plain
+from tests.support.clients import clients
 from tests.support.etcd import Cluster
 from tests.support.groups import GroupFixture, make_group, wait_until
 from tests.support.hosts import Host
@@ -162,6 +168,38 @@ def test_a_frozen_host_does_not_keep_the_others_and_serves_nothing_stale(
     told: Callable[[], str] = lambda: group.admin("journal", "list", "--event", "passed over").stdout  # noqa: E731
     assert "did not acknowledge" in told()
     wait_until(lambda: "ok" in two.ask("aes", "woken"), "it goes on by itself")
+
+
+@pytest.mark.parametrize("unanswered", [1, 3])
+def test_what_was_under_way_when_the_registration_ran_out_is_soon_whole_or_gone(
+    group: GroupFixture, nodes: Cluster, monkeypatch: pytest.MonkeyPatch, unanswered: int
+) -> None:
+    """A program that was cut off for so long comes back as another owner, and knows what its former calls came to."""
+    other = EtcdClient(nodes.section())
+    with clients(group, 1) as [client]:
+        journal, confirm, calls = client.journal, client.journal.confirm, itertools.count(1)
+
+        def cut_off(*what: Any, **more: Any) -> list[bool]:
+            if next(calls) > unanswered:
+                return confirm(*what, **more)  # type: ignore[no-any-return]
+            with contextlib.suppress(JournalUnavailable):  # it was already
+                other.revoke(journal._lease)
+            raise Unanswered("cut off")
+
+        monkeypatch.setattr(journal, "confirm", cut_off)
+        before = journal.owner
+        try:
+            uid = client.aes("cut off")
+        except JournalUnavailable:
+            client.sync()  # in less than the minutes for which calls of the dead may still be executed
+            assert not journal.search({CKA.LABEL: b"cut off"})
+        else:
+            client.sync()
+            client.use(uid)
+            client.session.destroy(uid)
+            client.sync()
+        assert journal.owner != before
+    assert all("cut off" not in plain.labels(member) for member in group.members.values())
 
 
 def test_no_acknowledged_change_is_lost_while_nodes_go(group: GroupFixture, nodes: Cluster, hosts: list[Host]) -> None:
