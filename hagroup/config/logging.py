@@ -10,6 +10,7 @@ global configuration, which is the application's. An application that set up not
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -18,13 +19,15 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import PurePath
-from typing import IO, Any, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import msgspec
-import structlog
-from structlog.typing import EventDict, WrappedLogger
 
 from hagroup.config.pins import Pin
+
+if TYPE_CHECKING:
+    from structlog.stdlib import BoundLogger
+    from structlog.typing import EventDict, WrappedLogger
 
 Style: TypeAlias = Literal["console", "json"]
 
@@ -40,11 +43,31 @@ _BARE = re.compile(r"[^\s\"'=]+")
 logging.getLogger(ROOT).addHandler(logging.NullHandler())
 
 
-def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+def get_logger(name: str) -> BoundLogger:
     """A structured logger below ``hagroup``; ``name`` is a module's ``__name__``."""
     if name != ROOT and not name.startswith(f"{ROOT}."):
         name = f"{ROOT}.{name}"
-    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+    return cast("BoundLogger", _Logger(name))
+
+
+class _Logger:
+    """Becomes structlog's logger when something is logged: loading structlog takes as long as loading all of hagroup,
+    and a program that signs once waits for that."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(_bound(self._name), name)
+        setattr(self, name, method)
+        return method
+
+
+@functools.cache
+def _bound(name: str) -> BoundLogger:
+    import structlog
+
+    logger: BoundLogger = structlog.wrap_logger(
         logging.getLogger(name),
         processors=[
             structlog.stdlib.filter_by_level,
@@ -57,6 +80,11 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
         cache_logger_on_first_use=True,
     )
     return logger
+
+
+def prepare() -> None:
+    """Load what logging needs, so that the first event does not wait for it."""
+    _bound(ROOT)
 
 
 def configure(style: Style = "console", level: int | str = logging.INFO, stream: IO[str] | None = None) -> None:

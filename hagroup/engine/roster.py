@@ -148,7 +148,9 @@ class Roster:
         if self._moved == self.view.moved:
             return
         with self.changed:
-            self._moved = self.view.moved
+            moved = self.view.moved
+            if moved == self._moved:  # another thread did it meanwhile
+                return
             configured = self._configured()
             members: dict[str, Member] = {}
             for name, record in self.view.members.items():
@@ -162,6 +164,7 @@ class Roster:
             gone = [member for name, member in self.members.items() if name not in members]
             self.members = members  # anew: other threads go through the old one without a lock
             self._level = len({(one.standby, one.rank) for one in members.values()}) < 2
+            self._moved = moved  # not before: no other thread goes on with what was
             for member in gone:
                 self._end(member)
             self._heed_rotation()

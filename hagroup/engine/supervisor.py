@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 
-from hagroup.config.logging import get_logger
+from hagroup.config import logging
 from hagroup.core.clock import Clock
 from hagroup.core.records import OBJECT_MISSING, WATCHDOG, Membership, Observation, OwedKind
 from hagroup.core.states import State
@@ -22,7 +22,7 @@ from hagroup.engine.view import View
 from hagroup.errors import JournalUnavailable
 from hagroup.journal.api import Journal
 
-log = get_logger(__name__)
+log = logging.get_logger(__name__)
 
 TICK = 1.0
 """Seconds between looks when nothing happens."""
@@ -102,7 +102,9 @@ class Supervisor:
                 log.warning("journal.unavailable", error=str(error))
             except Exception:
                 log.exception("supervisor failed; it goes on")
-            self._event.wait(self._pause())
+            pause = self._pause()
+            if not self._event.wait(pause) and pause >= TICK:
+                logging.prepare()  # a quiet second: no call waits for a member to come
             self._event.clear()
 
     def _pause(self) -> float:

@@ -30,6 +30,7 @@ def client(faulty: FaultGroup) -> Iterator[Any]:
     """A session with all members in service, and a key that signs; roles are undone in the end."""
     with faulty.client() as session:
         _, private = session.generate_keypair(KeyType.RSA, 2048, store=True, label="signer")
+        faulty.heal(session)  # a replica is proved by a signature, maybe after the call returned
         yield session, private
         faulty.clear()
         for name in faulty.names:

@@ -162,7 +162,7 @@ def draw_text(data: st.DataObject) -> str:
     return data.draw(st.sampled_from(["\n", "\r\n", "\n\n"])).join(parts)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_every_key_has_its_place(data: st.DataObject) -> None:
     check_against_tomllib(draw_text(data))
