@@ -165,6 +165,7 @@ class EtcdClient:
                 if unanswered is not None:
                     unanswered.append(str(error))
                 late = time.monotonic() > deadline or (not self.available and not always)
+                late = late or (error.lasting and failed >= len(self._clients))
                 if late or (patience == 0 and failed >= len(self._clients)):
                     raise self.unavailable(str(error)) from error
             if failed % len(self._clients) == 0:
@@ -265,7 +266,10 @@ class EtcdClient:
 
 
 class _NoAnswer(Exception):
-    pass
+    @property
+    def lasting(self) -> bool:
+        """Whether asking again will not help."""
+        return str(self) == _TLS
 
 
 _REFUSALS = {
@@ -289,10 +293,13 @@ def _raise_for(url: EtcdUrl, text: str) -> None:
     raise _NoAnswer(text.strip()[:200])
 
 
+_TLS = "TLS fails: its certificate is not of [journal] ca, or it does not take [journal] cert"
+
+
 def _short(error: Exception) -> str:
     text = str(error)
     if "SSL" in text or "certificate" in text.lower() or isinstance(error.__context__, requests.exceptions.SSLError):
-        return "TLS fails: its certificate is not of [journal] ca, or it does not take [journal] cert"
+        return _TLS
     for part, meaning in (
         ("refused", "connection refused"),
         ("timed out", "no answer in time"),
