@@ -65,6 +65,7 @@ __all__ = [
     "HostMemory",
     "IdentifiedBy",
     "JournalMismatch",
+    "JournalOutcomeUnknown",
     "JournalUnavailable",
     "Key",
     "KeyHandleInvalid",

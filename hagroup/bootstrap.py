@@ -43,7 +43,7 @@ def start_group(config: GroupConfig, *, clock: Clock | None = None) -> GroupEngi
             f"{config.path}: [group] serial is not set: the group was not created yet; "
             f"run `ha-admin --config {config.path} group create`"
         )
-    journal = open_journal(str(config.journal.url), clock=clock)
+    journal = open_journal(config.journal, clock=clock)
     try:
         group, members = journal.view()
         check_serial(config, group)

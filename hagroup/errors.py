@@ -41,6 +41,14 @@ class JournalUnavailable(HAError, p11.DeviceError):
     """The journal cannot be reached or written: no change was begun. Operations with existing keys may go on."""
 
 
+class JournalOutcomeUnknown(JournalUnavailable):
+    """The journal was asked and gave no answer: whether the change was recorded is not known yet.
+
+    It is settled as soon as the journal answers again: taken back, or, where it was recorded, finished or undone like
+    what a dead process left. Look before asking again.
+    """
+
+
 class JournalMismatch(HAError, p11.DeviceError):
     """This journal is not the group's current one (copied, restored, or of another epoch). Nothing was changed."""
 

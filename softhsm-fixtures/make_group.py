@@ -22,7 +22,7 @@ from hagroup.config.model import (
     PinSource,
     Timeouts,
 )
-from hagroup.config.urls import parse_journal_url
+from hagroup.config.urls import BadUrl, parse_journal_url
 from hagroup.config.write import render
 from hagroup.errors import HAError
 
@@ -61,6 +61,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pin", default="1234", help="user PIN of every member (a test PIN)")
     parser.add_argument("--so-pin", default="12345678", help="SO PIN of every member (a test PIN)")
     parser.add_argument("--journal", default="sqlite:journal.db", help="URL of the journal")
+    for name, what in (("ca", "CA of its nodes"), ("cert", "client certificate"), ("key", "its key")):
+        parser.add_argument(f"--journal-{name}", type=Path, metavar="FILE", help=f"for a journal on etcd: {what}")
     parser.add_argument("--isolation", choices=("process", "none"), default="process")
     parser.add_argument("--module", type=Path, help="module of all members (default: SoftHSM's, where Debian has it)")
     parser.add_argument("--min-replicas", type=int, help="default 2, or 1 for a group of one")
@@ -82,6 +84,10 @@ def make(options: argparse.Namespace) -> Path:
         raise Refused(f"{directory} holds a group already (hagroup.toml); choose another folder or remove this one")
     if not 1 <= options.members <= 64:
         raise Refused("--members takes a number from 1 to 64")
+    try:
+        parse_journal_url(options.journal, directory)
+    except BadUrl as bad:
+        raise Refused(f"--journal must be {bad}") from None
     module = options.module or next((Path(path) for path in MODULES if Path(path).exists()), None)
     if module is None or not module.exists():
         raise Refused("SoftHSM's module was not found; install softhsm2, or name it with --module")
@@ -119,7 +125,12 @@ def make(options: argparse.Namespace) -> Path:
     config = GroupConfig(
         path=config_path,
         group=GroupSection(label=options.label, min_replicas=options.min_replicas or min(2, options.members)),
-        journal=JournalSection(url=parse_journal_url(options.journal, directory)),
+        journal=JournalSection(
+            url=parse_journal_url(options.journal, directory),
+            ca=options.journal_ca and options.journal_ca.absolute(),
+            cert=options.journal_cert and options.journal_cert.absolute(),
+            key=options.journal_key and options.journal_key.absolute(),
+        ),
         timeouts=Timeouts(),
         members=tuple(members),
     )

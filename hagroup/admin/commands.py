@@ -143,7 +143,7 @@ def opened_journal(config: GroupConfig) -> Iterator[Journal]:
         raise ConfigurationError(
             f"{config.path}: the group was not created yet; run `ha-admin --config {config.path} group create`"
         )
-    journal = open_journal(str(config.journal.url), clock=SystemClock())
+    journal = open_journal(config.journal, clock=SystemClock())
     try:
         bootstrap.check_serial(config, journal.group())
         yield journal

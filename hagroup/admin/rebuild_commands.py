@@ -147,7 +147,7 @@ def _serial(config: GroupConfig) -> str | None:
     if not _sqlite(config).exists():
         return None
     try:
-        journal = open_journal(str(config.journal.url), clock=SystemClock())
+        journal = open_journal(config.journal, clock=SystemClock())
     except HAError:
         return None
     try:
@@ -161,7 +161,7 @@ def _refuse_if_well(config: GroupConfig, *, yes: bool) -> None:
     if not _sqlite(config).exists():
         return
     try:
-        open_journal(str(config.journal.url), clock=SystemClock()).close()
+        open_journal(config.journal, clock=SystemClock()).close()
     except HAError:
         return
     label = config.group.label

@@ -34,7 +34,7 @@ def make(path: Path, clock: Clock) -> bytes:
         files["hagroup.toml.txt"] = f"cannot be read: {type(error).__name__}\n".encode()
     try:
         config = load(path)
-        journal = open_journal(str(config.journal.url), clock=clock)
+        journal = open_journal(config.journal, clock=clock)
         try:
             files["status.json"] = _encoded(status.gather(config, journal))
             files["members.json"] = _encoded(

@@ -60,7 +60,7 @@ def examine(path: Path, clock: Clock) -> Iterator[Check]:
     yield Check(subject="configuration", state=OK, found=f"{path}: readable, nobody else may write it")
     journal: Journal | None = None
     try:
-        journal = open_journal(str(config.journal.url), clock=clock)
+        journal = open_journal(config.journal, clock=clock)
     except HAError as error:
         yield _bad(
             "journal",

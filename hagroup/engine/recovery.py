@@ -44,10 +44,10 @@ class Recovery:
             intents = self._journal.intents()
             self._unresolved &= {intent.id for intent in intents}
             for intent in intents:
-                own = intent.owner == self._journal.owner
-                if own and intent.id not in self._unresolved:
+                told = intent.id in self._unresolved
+                if intent.owner in {self._journal.owner, *self._journal.former_owners} and not told:
                     continue  # its thread is at work
-                if not own:
+                if intent.owner != self._journal.owner:
                     if self._journal.owner_alive(intent.owner):
                         continue
                     adopted = self._journal.adopt_intent(intent.id)
@@ -56,22 +56,22 @@ class Recovery:
                     intent = adopted
                     self._unresolved.add(intent.id)
                 try:
-                    recovered |= self._recover(intent, own)
+                    recovered |= self._recover(intent, told)
                 except StaleMembership:
                     self._view.refresh(always=True)  # next time
         finally:
             self._one_at_a_time.release()
         return recovered
 
-    def _recover(self, intent: Intent, own: bool) -> bool:
-        recovered = self._recover_set(intent) if intent.kind is IntentKind.SET else self._recover_create(intent, own)
+    def _recover(self, intent: Intent, told: bool) -> bool:
+        recovered = self._recover_set(intent) if intent.kind is IntentKind.SET else self._recover_create(intent, told)
         if recovered:
             self._unresolved.discard(intent.id)
             log.info("intent.recovered", kind=intent.kind.value, intent=intent.id)
         return recovered
 
-    def _recover_create(self, intent: Intent, own: bool) -> bool:
-        if own:  # its call has told the application that nothing was made
+    def _recover_create(self, intent: Intent, told: bool) -> bool:
+        if told:  # a call of this process has told the application that nothing was made
             self._journal.abandon_create(intent.id)
             return True
         serving = [member.name for member in self._roster.serving()]

@@ -7,7 +7,7 @@ confirmation is refused is undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -16,7 +16,7 @@ from hagroup.config.logging import get_logger
 from hagroup.core.attributes import CKA, pack_ulong
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle
 from hagroup.core.classify import Verdict, classify
-from hagroup.core.records import Fingerprint, Lease, Locator, ObjectRecord, OwedKind, OwedRow
+from hagroup.core.records import Attempt, Fingerprint, Lease, Locator, ObjectRecord, OwedKind, OwedRow
 from hagroup.engine import manifest, replica
 from hagroup.engine.in_flight import InFlight
 from hagroup.engine.member import Life, Member
@@ -65,6 +65,8 @@ class Replicator:
         """Whoever claims rows says so here first, and ends it when :class:`Replicator` is done with them."""
         self._unanswered: set[tuple[str, bytes]] = set()
         """Rows for which the member gave no answer, until the journal knows it."""
+        self._doubted: set[tuple[str, bytes]] = set()
+        """Rows for which the member gave no answer, as long as there is such a row."""
 
     @property
     def _timeout(self) -> float:
@@ -86,6 +88,20 @@ class Replicator:
                 if attempt.kind is OwedKind.SET and not doubt:  # it may have taken: to be made anew, whichever stays
                     self._journal.owe([(*key, OwedKind.INSTALL)])
             self._unanswered.discard(key)
+
+    def came_back(self, row: OwedRow, attempt: Attempt) -> bool:
+        """Whether it is over although its owner counts as dead: this process was that owner, before its registration
+        ran out (it was cut off from the journal, or frozen), and the member answered. (No other thread is at the row:
+        whoever asks has taken it.)"""
+        return attempt.owner in self._journal.former_owners and (row.member, row.uid) not in self._doubted
+
+    def doubted(self) -> frozenset[tuple[str, bytes]]:
+        """Rows for which some member gave no answer."""
+        return frozenset(self._doubted)
+
+    def forget(self, rows: Collection[tuple[str, bytes]]) -> None:
+        """These are no more."""
+        self._doubted.difference_update(rows)
 
     # -- install -------------------------------------------------------------------------------------------
     def install(
@@ -209,6 +225,7 @@ class Replicator:
     def _give_up(self, rows: Sequence[tuple[str, bytes]], *, doubt: bool, reason: str | None, kind: OwedKind) -> None:
         if doubt:
             self._unanswered.update(rows)
+            self._doubted.update(rows)
         self._journal.give_up(rows, doubt=doubt, reason=reason, kind=kind)
         self._unanswered.difference_update(rows)
 

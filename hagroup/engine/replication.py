@@ -154,10 +154,15 @@ class Replication:
                         mirror.drop(uid)
             raise
         try:
-            # Two processes may have imported one certificate at once: the journal told them apart.
-            apart = [self._told_apart(record) for record in records]
-            if mirror is not None and apart != mirrored:
-                mirror.put(apart)
+            try:
+                # Two processes may have imported one certificate at once: the journal told them apart.
+                apart = [self._told_apart(record) for record in records]
+                if mirror is not None and apart != mirrored:
+                    mirror.put(apart)
+            except BaseException:
+                for member, _ in targets:
+                    self.ended(member, uids)  # nobody is asked
+                raise
             records = apart
             futures = {self._roster.run(self._install, member, life, records): member for member, life in targets}
             self._gather(intent, futures)

@@ -70,8 +70,10 @@ class Resync:
     def due(self, member: Member) -> list[OwedRow]:
         """Rows that this process could work on now: free, lost track of, or of a dead owner; not those put off."""
         now, number = self._clock.boot(), self._journal.view_number()
+        doubted = self._replicator.doubted()
         owed = self._journal.owed(member.name)
         there = {(row.member, row.uid) for row in owed}
+        self._replicator.forget([key for key in doubted if key[0] == member.name and key not in there])
         for key in list(self._later):
             if key[0] == member.name and key not in there:
                 self._later.pop(key, None)
@@ -303,14 +305,14 @@ class Resync:
         )
 
     def _over(self, member: Member, row: OwedRow) -> list[int]:
-        """Older unanswered attempts that can no longer execute: the worker is proved dead and the module is local, or
-        the member's late window has passed (DESIGN.md 4.1)."""
+        """Older unanswered attempts that can no longer execute: the worker is proved dead and the module is local, the
+        member's late window has passed (DESIGN.md 4.1), or they were this process's and came back."""
         over = []
         for attempt in row.unanswered:
             dead = member.config.local and attempt.worker is not None and self._journal.worker_dead(attempt.worker)
             given_up = attempt.doubt_since is not None
             late = given_up and self._clock.boot() - attempt.since > member.config.late_window
-            if dead or late:
+            if dead or late or self._replicator.came_back(row, attempt):
                 over.append(attempt.number)
         return over
 

@@ -29,7 +29,7 @@ from hagroup.engine.roster import CONNECTION_LOST, open_life
 from hagroup.engine.shares import random_secrets
 from hagroup.engine.token_contents import inventory
 from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable, HAError
-from hagroup.journal import SqliteJournal, open_journal
+from hagroup.journal import create_journal, delete_journal, open_journal
 from hagroup.members import ModuleProblem
 
 log = get_logger(__name__)
@@ -46,10 +46,6 @@ def create_group(config: GroupConfig, pins: Mapping[str, Pin], so_pin: Pin, *, s
     :raises ConfigurationError: a member cannot take part; nothing was changed.
     :raises DomainMismatch: members belong to different cloning domains already; nothing was changed.
     """
-    if not isinstance(config.journal.url, SqliteUrl):
-        raise ConfigurationError(
-            f"{config.path}: [journal] url {config.journal.url}: this is not a journal on this host"
-        )
     timeout = config.timeouts.generate
     lives: dict[str, Life] = {}
     try:
@@ -274,7 +270,6 @@ def _record(
     *,
     timeout: float,
 ) -> str:
-    assert isinstance(config.journal.url, SqliteUrl)
     serial = f"{secrets.randbelow(90_000_000) + 10_000_000}"
     first = config.members[0]
     reference = reference_envelope(lives[first.name].connection, keys[first.name], timeout=timeout)
@@ -295,9 +290,8 @@ def _record(
         )
         for member in config.members
     ]
-    path = config.journal.url.path
-    SqliteJournal.create(
-        path,
+    create_journal(
+        config.journal,
         label=config.group.label,
         serial=serial,
         members=members,
@@ -307,7 +301,7 @@ def _record(
         clock=clock,
     )
     try:
-        journal = open_journal(str(config.journal.url), clock=clock)
+        journal = open_journal(config.journal, clock=clock)
         try:
             group, listed = journal.view()
             by_name = {member.name: member for member in listed}
@@ -320,8 +314,7 @@ def _record(
             journal.close()
         set_group_serial(config.path, serial)
     except BaseException:
-        for suffix in ("", "-wal", "-shm"):
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        delete_journal(config.journal)
         raise
     return serial
 

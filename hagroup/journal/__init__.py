@@ -2,37 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 
+from hagroup.config.model import JournalSection, SqliteUrl
 from hagroup.core.clock import Clock
-from hagroup.errors import ConfigurationError
+from hagroup.core.records import MemberRecord
 from hagroup.journal.api import Journal
 from hagroup.journal.clock import SystemClock
+from hagroup.journal.etcd import EtcdJournal
 from hagroup.journal.sqlite import SqliteJournal
 
-__all__ = ["Journal", "SqliteJournal", "SystemClock", "open_journal"]
+__all__ = ["EtcdJournal", "Journal", "SqliteJournal", "SystemClock", "create_journal", "delete_journal", "open_journal"]
 
 
-def _open_sqlite(place: str, clock: Clock) -> Journal:
-    path = Path(place)
-    if not path.is_absolute():
-        raise ConfigurationError(f'[journal] url "sqlite:{place}": the path must be absolute here')
-    return SqliteJournal.open(path, clock=clock)
+def open_journal(section: JournalSection, *, clock: Clock | None = None) -> Journal:
+    """Open the journal that ``[journal]`` names.
 
-
-_SCHEMES: dict[str, Callable[[str, Clock], Journal]] = {"sqlite": _open_sqlite}
-
-
-def open_journal(url: str, *, clock: Clock | None = None) -> Journal:
-    """Open the journal that ``url`` names (``sqlite:/absolute/path``).
-
-    :raises ConfigurationError: no backend has this scheme.
-    :raises JournalUnavailable, JournalMismatch: see :meth:`SqliteJournal.open`.
+    :raises JournalUnavailable, JournalMismatch: see :meth:`SqliteJournal.open` and :meth:`EtcdJournal.open`.
     """
-    scheme, colon, place = url.partition(":")
-    opener = _SCHEMES.get(scheme)
-    if not colon or opener is None:
-        known = ", ".join(f"{name}:" for name in _SCHEMES)
-        raise ConfigurationError(f'[journal] url "{url}": no journal of this kind; there are: {known}')
-    return opener(place, clock or SystemClock())
+    clock = clock or SystemClock()
+    if isinstance(section.url, SqliteUrl):
+        return SqliteJournal.open(section.url.path, clock=clock)
+    return EtcdJournal.open(section, clock=clock)
+
+
+def create_journal(
+    section: JournalSection,
+    *,
+    label: str,
+    serial: str,
+    members: Sequence[MemberRecord],
+    domain_key_id: bytes,
+    partition_key_id: bytes,
+    reference: bytes,
+    clock: Clock,
+) -> None:
+    """Make the journal of a new group where ``[journal]`` says. It appears whole or not at all.
+
+    :raises JournalUnavailable: there is one already, or none can be made there.
+    """
+    if isinstance(section.url, SqliteUrl):
+        SqliteJournal.create(
+            section.url.path,
+            label=label,
+            serial=serial,
+            members=members,
+            domain_key_id=domain_key_id,
+            partition_key_id=partition_key_id,
+            reference=reference,
+            clock=clock,
+        )
+        return
+    EtcdJournal.create(
+        section,
+        label=label,
+        serial=serial,
+        members=members,
+        domain_key_id=domain_key_id,
+        partition_key_id=partition_key_id,
+        reference=reference,
+    )
+
+
+def delete_journal(section: JournalSection) -> None:
+    """Take back what :func:`create_journal` made: nobody else has it open."""
+    if isinstance(section.url, SqliteUrl):
+        path = section.url.path
+        for suffix in ("", "-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        return
+    EtcdJournal.delete(section)

@@ -107,6 +107,12 @@ class Journal(Protocol):
         """This process's registration; registered at open, alive while the process lives (flock or lease)."""
         ...
 
+    @property
+    def former_owners(self) -> frozenset[str]:
+        """What ``owner`` was before, each time that this process's lease ran out while it lived: to others that owner
+        is dead, and what it had begun is theirs to finish."""
+        ...
+
     # -- cheap, before every operation -------------------------------------------------------------------
     def view_number(self) -> int:
         """Differs from the last one seen whenever anything was committed since. No I/O on SQLite (mmap)."""

@@ -1,4 +1,4 @@
-"""Create, set attributes, destroy, in a SQLite journal."""
+"""Create, set attributes, destroy: the same for every backend."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from hagroup.core.records import (
 )
 from hagroup.journal import rows, rules
 from hagroup.journal.api import Asking, Busy, NoLongerLive
-from hagroup.journal.opened import Opened
-from hagroup.journal.transaction import Transaction
+from hagroup.journal.transaction import Transaction, Writer, one_transaction
 
 LIVE, DELETED, COMMITTED, ROLLED_BACK = "live", "deleted", "committed", "rolled back"
 """Outcomes of closed intents."""
 
 
-class Changing(Opened):
-    """The part of :class:`SqliteJournal` that orders changes of objects."""
+class Changing(Writer):
+    """The part of a journal that orders changes of objects."""
 
     # -- create --------------------------------------------------------------------------------------------------
 
+    @one_transaction
     def begin_create(
         self, objects: Sequence[ObjectRecord], *, asking: Sequence[Asking], membership_revision: int
     ) -> Intent:
@@ -42,17 +42,16 @@ class Changing(Opened):
             uids = tuple(record.uid for record in objects)
             intent = _new_intent(t, IntentKind.CREATE, uids, asked=tuple(asked))
             t.add_intent(intent)
-            marks = ", ".join("?" * len(rows.OBJECT_WRITTEN.split(", ")))
-            owed = []
+            owed: list[OwedRow] = []
+            new: list[ObjectRecord] = []
             for record in objects:
                 if t.tombstone(record.uid) is not None or t.object(record.uid) is not None:
                     raise ValueError(f"the UID {record.uid.hex()} names another object, for ever")
                 made = replace(record, state=ObjectState.CREATING, intent=intent.id, change=t.change)
-                digest = rows.twin_digest(made.fingerprint, made.locator)
-                twin = t.one("SELECT 1 FROM objects WHERE twin = ?", digest)
+                twin = any(rows.same_place(made, earlier) for earlier in new) or t.has_twin(made)
                 if twin and made.object_class != rows.DOMAIN_PARAMETERS:  # these have no CKA_ID
                     made = replace(made, member_id=made.uid)  # nothing else would separate them on a member
-                t.sql.execute(f"INSERT INTO objects ({rows.OBJECT_WRITTEN}) VALUES ({marks})", rows.from_object(made))
+                new.append(made)
                 for name in names:
                     row = rules.new_row(
                         name,
@@ -63,12 +62,11 @@ class Changing(Opened):
                         locators=(made.locator,),
                     )
                     owed.append(rules.asked(row, t.asker(asked[name])) if name in asked else row)
-            t.head.creating += len(uids)
+            t.insert_objects(new)
             t.insert_owed(owed)
-            for uid in uids:
-                t.touch(uid)
         return intent
 
+    @one_transaction
     def go_live(self, intent: str, *, needed: int, serving: Collection[str]) -> bool:
         with self._write() as t:
             found = t.intent(intent)
@@ -83,15 +81,11 @@ class Changing(Opened):
                 if sum(1 for name in held if name not in owed or owed[name].settled) < needed:
                     return False
             for uid in opened.uids:
-                t.sql.execute(
-                    "UPDATE objects SET state = 'live', intent = NULL, change = ? WHERE uid = ?", (t.change, uid)
-                )
-                t.touch(uid)
-            t.head.creating -= len(opened.uids)
-            t.head.live += len(opened.uids)
+                t.set_live(uid)
             t.close_intent(opened, LIVE)
         return True
 
+    @one_transaction
     def abandon_create(self, intent: str) -> bool:
         with self._write() as t:
             found = t.intent(intent)
@@ -104,6 +98,7 @@ class Changing(Opened):
 
     # -- set attributes ------------------------------------------------------------------------------------------
 
+    @one_transaction
     def begin_set(
         self,
         uid: bytes,
@@ -146,10 +141,10 @@ class Changing(Opened):
                 new_member_id=after.member_id,
             )
             t.add_intent(intent)
-            t.sql.execute("UPDATE objects SET intent = ? WHERE uid = ?", (intent.id, uid))
-            t.touch(uid)
+            t.update_object(replace(record, intent=intent.id))
         return intent
 
+    @one_transaction
     def commit_set(self, intent: str) -> ObjectRecord:
         with self._write() as t:
             opened, record = _set_intent(t, intent)
@@ -164,6 +159,7 @@ class Changing(Opened):
             t.close_intent(opened, COMMITTED)
         return after
 
+    @one_transaction
     def rollback_set(self, intent: str) -> None:
         with self._write() as t:
             found = t.intent(intent)
@@ -181,6 +177,7 @@ class Changing(Opened):
 
     # -- destroy -------------------------------------------------------------------------------------------------
 
+    @one_transaction
     def destroy(
         self, uid: bytes, *, asking: Sequence[Asking], membership_revision: int
     ) -> tuple[Tombstone, list[OwedRow]]:
@@ -246,14 +243,9 @@ def _looks_like_another(t: Transaction, record: ObjectRecord) -> bool:
     in the same place. Then nothing separates the two on a member (DESIGN.md 4.4)."""
     if record.object_class == rows.DOMAIN_PARAMETERS:
         return False  # they have no CKA_ID that could
-    found = t.sql.execute(
-        f"SELECT {rows.OBJECT} FROM objects WHERE label IS ? AND uid != ?",
-        (record.attributes.get(rows.LABEL), record.uid),
-    )
     return any(
-        other.locator == record.locator
-        and (other.fingerprint == record.fingerprint or other.fingerprint.kind is not FingerprintKind.PUBLIC)
-        for other in map(rows.to_object, found)
+        other.fingerprint == record.fingerprint or other.fingerprint.kind is not FingerprintKind.PUBLIC
+        for other in t.others_in_place(record)
     )
 
 

@@ -9,10 +9,10 @@ from msgspec.structs import replace
 from hagroup.core.records import ObjectState, OwedKind, OwedRow
 from hagroup.journal import rows
 from hagroup.journal.api import Contents
-from hagroup.journal.transaction import Transaction
+from hagroup.journal.sqlite_transaction import SqliteTransaction
 
 
-def fill(t: Transaction, contents: Contents, members: Collection[str]) -> None:
+def fill(t: SqliteTransaction, contents: Contents, members: Collection[str]) -> None:
     """Into a journal that has these members and nothing else."""
     t.head.change = contents.change
     marks = ", ".join("?" * len(rows.OBJECT_WRITTEN.split(", ")))

@@ -13,11 +13,12 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from hagroup.core.clock import Clock
-from hagroup.core.records import GroupRecord, OwedRow, Seal
+from hagroup.core.records import OwedRow
 from hagroup.errors import JournalUnavailable
 from hagroup.journal import owners, rows, schema
 from hagroup.journal.database import Database
-from hagroup.journal.transaction import Transaction, read_head
+from hagroup.journal.sqlite_transaction import SqliteTransaction
+from hagroup.journal.transaction import Writer
 from hagroup.journal.view import ViewNumber
 
 T = TypeVar("T")
@@ -25,7 +26,7 @@ T = TypeVar("T")
 _opened: weakref.WeakSet[Opened] = weakref.WeakSet()
 
 
-class Opened:
+class Opened(Writer):
     """What the parts of :class:`SqliteJournal` share."""
 
     def __init__(self, database: Database, clock: Clock) -> None:
@@ -45,12 +46,12 @@ class Opened:
         return self._database.read(query)
 
     @contextmanager
-    def _write(self) -> Iterator[Transaction]:
+    def _write(self) -> Iterator[SqliteTransaction]:
         """One transaction: durable, and the view number moved, when the block was left."""
         self._attend()
         number: int | None = None
         with self._database.write() as connection:
-            transaction = Transaction(
+            transaction = SqliteTransaction(
                 connection,
                 owner=self.owner,
                 now=self._clock.boot(),
@@ -61,6 +62,9 @@ class Opened:
             number = transaction.finish()
         if number is not None:
             self._view.put(number)
+
+    def _carry_out(self, attempt: Callable[[], T]) -> T:
+        return attempt()
 
     def _attend(self) -> None:
         """The file with the view number is the one that everybody maps."""
@@ -104,7 +108,7 @@ class Opened:
             self._drop_registration()
             raise
 
-    def _after_reboot(self, t: Transaction) -> None:
+    def _after_reboot(self, t: SqliteTransaction) -> None:
         """Boot times of another boot mean nothing now: all that happened then happened before 0.0 of this one."""
         if t.head.boot == self._clock.boot_id():
             return
@@ -160,35 +164,6 @@ class Opened:
         self._drop_registration()
         self._database.close()
         _opened.discard(self)
-
-    # -- the group -----------------------------------------------------------------------------------------------
-
-    def _group(self, connection: sqlite3.Connection) -> GroupRecord:
-        head = read_head(connection)
-        label, serial, domain, partition, reference, cleared, rotation = connection.execute(
-            "SELECT label, serial, domain_key_id, partition_key_id, reference, cleared, rotation FROM identity"
-        ).fetchone()
-        return GroupRecord(
-            seal=_seal(connection),
-            label=label,
-            serial=serial,
-            epoch=head.epoch,
-            membership_revision=head.membership_revision,
-            change=head.change,
-            domain_key_id=domain,
-            partition_key_id=partition,
-            reference=reference,
-            cleared=cleared,
-            rotation=None if rotation is None else rows.to_rotation(rotation),
-        )
-
-
-def _seal(connection: sqlite3.Connection) -> Seal | None:
-    try:
-        found = connection.execute("SELECT seal FROM seal").fetchone()
-    except sqlite3.OperationalError:  # made by an earlier hagroup, and opened for reading only
-        return None
-    return None if found is None else rows.to_seal(found[0])
 
 
 def _before_boot(row: OwedRow) -> OwedRow:

@@ -1,4 +1,4 @@
-"""Owed rows in a SQLite journal: claimed, confirmed, given up. What becomes of a row is decided in ``rules``."""
+"""Owed rows, for every backend: claimed, confirmed, given up. What becomes of a row is decided in ``rules``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from msgspec.structs import replace
 from hagroup.core.records import Intent, Lease, Locator, OwedKind, OwedRow
 from hagroup.journal import rules
 from hagroup.journal.api import Confirmation
-from hagroup.journal.opened import Opened
-from hagroup.journal.transaction import Transaction
+from hagroup.journal.transaction import Transaction, Writer, one_transaction
 
 
-class Owing(Opened):
-    """The part of :class:`SqliteJournal` about what members still have to be brought to do."""
+class Owing(Writer):
+    """The part of a journal about what members still have to be brought to do."""
 
+    @one_transaction
     def claim(
         self,
         rows: Sequence[tuple[str, bytes]],
@@ -41,6 +41,7 @@ class Owing(Opened):
                 claimed.append(after)
         return claimed
 
+    @one_transaction
     def confirm(
         self, confirmations: Sequence[Confirmation], *, membership_revision: int, lease: Lease | None = None
     ) -> list[bool]:
@@ -59,11 +60,13 @@ class Owing(Opened):
                 answers.append(t.apply(said.member, said.uid, before, outcome))
         return answers
 
+    @one_transaction
     def undone(self, member: str, uid: bytes) -> None:
         with self._write() as t:
             before = t.owed(member, uid)
             t.apply(member, uid, before, rules.undone(before, t.situation(uid), t.owner))
 
+    @one_transaction
     def give_up(
         self,
         rows: Sequence[tuple[str, bytes]],
@@ -81,6 +84,7 @@ class Owing(Opened):
                 outcome = rules.given_up(before, state, t.owner, doubt=doubt, reason=reason, kind=kind, now=t.now)
                 t.apply(member, uid, before, outcome)
 
+    @one_transaction
     def owe(self, rows: Sequence[tuple[str, bytes, OwedKind]], *, reason: str | None = None) -> None:
         with self._write() as t:
             listed = {member.name for member in t.members()}
@@ -104,6 +108,7 @@ class Owing(Opened):
     def resolve_attempts(self, member: str, uid: bytes, numbers: Collection[int]) -> None:
         self._resolve(member, uid, lambda row, t: numbers)
 
+    @one_transaction
     def _resolve(self, member: str, uid: bytes, over: Callable[[OwedRow, Transaction], Collection[int]]) -> None:
         with self._write() as t:
             before = t.owed(member, uid)
@@ -114,6 +119,7 @@ class Owing(Opened):
             if gone:
                 t.apply(member, uid, before, rules.resolved(before, gone, t.situation(uid)))
 
+    @one_transaction
     def adopt_intent(self, intent: str) -> Intent | None:
         with self._write() as t:
             found = t.intent(intent)
@@ -122,7 +128,7 @@ class Owing(Opened):
             opened = found[0]
             if opened.owner == self.owner or t.alive(opened.owner):
                 return None
-            t.sql.execute("UPDATE intents SET owner = ? WHERE id = ?", (self.owner, intent))
+            t.adopt(opened)
             for uid in opened.uids:
                 t.touch(uid)
                 for row in t.owed_of(uid).values():

@@ -10,17 +10,19 @@ from typing import Any, TypeVar
 from hagroup.core.records import (
     Changes,
     Copy,
+    Event,
     GroupRecord,
     Intent,
+    LoginRecord,
     MemberRecord,
     ObjectRecord,
-    ObjectState,
+    Observation,
     OwedRow,
     Tombstone,
 )
 from hagroup.journal import rows
 from hagroup.journal.opened import Opened
-from hagroup.journal.transaction import read_head, read_members
+from hagroup.journal.sqlite_transaction import read_group, read_head, read_members
 
 T = TypeVar("T")
 
@@ -48,13 +50,13 @@ class Reading(Opened):
         return self._read(query)
 
     def group(self) -> GroupRecord:
-        return self._read(self._group)
+        return self._read(lambda connection: read_group(connection, read_head(connection)))
 
     def members(self) -> list[MemberRecord]:
         return self._read(read_members)
 
     def view(self) -> tuple[GroupRecord, list[MemberRecord]]:
-        return self._read(lambda connection: (self._group(connection), read_members(connection)))
+        return self._read(lambda connection: (read_group(connection, read_head(connection)), read_members(connection)))
 
     def barrier(self) -> int:
         return self._read(lambda connection: read_head(connection).change)
@@ -90,7 +92,7 @@ class Reading(Opened):
             found = connection.execute(
                 f"SELECT {rows.OBJECT} FROM objects WHERE {condition} AND +state = 'live' ORDER BY number", values
             )
-            return [record for record in map(rows.to_object, found) if _matches(record, attributes)]
+            return [record for record in map(rows.to_object, found) if rows.matches(record, attributes)]
 
         return self._read(query)
 
@@ -166,6 +168,29 @@ class Reading(Opened):
 
         return self._read(query)
 
+    # -- what was seen, tried and done -----------------------------------------------------------------------------
+
+    def observations(self, member: str | None = None) -> list[Observation]:
+        where, values = ("1", ()) if member is None else ("member = ?", (member,))
+        statement = f"SELECT {rows.OBSERVATION} FROM observations WHERE {where} ORDER BY boot_time"
+        found = self._read(lambda connection: connection.execute(statement, values).fetchall())
+        return [rows.to_observation(row) for row in found]
+
+    def lease_held(self, name: str) -> bool:
+        statement = "SELECT owner, expires FROM leases WHERE name = ?"
+        found = self._read(lambda connection: connection.execute(statement, (name,)).fetchone())
+        owner, expires = found or (None, 0.0)
+        return owner is not None and expires > self._clock.boot() and self.owner_alive(owner)
+
+    def logins(self) -> list[LoginRecord]:
+        statement = f"SELECT {rows.LOGIN} FROM logins ORDER BY member, source"
+        return [rows.to_login(row) for row in self._read(lambda connection: connection.execute(statement).fetchall())]
+
+    def events(self, *, limit: int = 100, since: int = 0) -> list[Event]:
+        statement = "SELECT * FROM events WHERE number > ? ORDER BY number DESC LIMIT ?"
+        found = self._read(lambda connection: connection.execute(statement, (since, limit)).fetchall())
+        return [rows.to_event(row) for row in reversed(found)]
+
 
 def _object(connection: sqlite3.Connection, uid: bytes) -> ObjectRecord | None:
     found = connection.execute(f"SELECT {rows.OBJECT} FROM objects WHERE uid = ?", (uid,)).fetchone()
@@ -195,16 +220,3 @@ def _narrowest(attributes: Mapping[int, bytes]) -> tuple[str, tuple[Any, ...]]:
             conditions.append(f"{column} = ?")
             values.append(rows.signed(int.from_bytes(packed, sys.byteorder)))
     return " AND ".join(conditions), tuple(values)
-
-
-def _matches(record: ObjectRecord, wanted: Mapping[int, bytes]) -> bool:
-    return record.state is ObjectState.LIVE and all(_value(record, type_) == value for type_, value in wanted.items())
-
-
-def _value(record: ObjectRecord, type_: int) -> bytes | None:
-    value = record.attributes.get(type_)
-    if value is None and type_ == rows.CLASS:
-        return record.object_class.to_bytes(8, sys.byteorder)
-    if value is None and type_ == rows.KEY_TYPE and record.key_type is not None:
-        return record.key_type.to_bytes(8, sys.byteorder)
-    return value

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import msgspec
@@ -12,12 +13,16 @@ import msgspec
 from hagroup.core.records import (
     Attempt,
     Copy,
+    Event,
     Fingerprint,
     Intent,
     Locator,
+    LoginRecord,
+    LoginState,
     MemberRecord,
     ObjectRecord,
     ObjectState,
+    Observation,
     OwedKind,
     OwedRow,
     Rotation,
@@ -38,6 +43,8 @@ _member = msgspec.msgpack.Decoder(MemberRecord).decode
 _intent = msgspec.msgpack.Decoder(Intent).decode
 to_seal = msgspec.msgpack.Decoder(Seal).decode
 to_rotation = msgspec.msgpack.Decoder(Rotation).decode
+_data = msgspec.msgpack.Decoder(dict[str, str]).decode
+to_login_before = msgspec.msgpack.Decoder(LoginRecord | None).decode
 
 CLASS, LABEL, KEY_TYPE, ID = 0x000, 0x003, 0x100, 0x102
 DOMAIN_PARAMETERS = 0x06
@@ -54,6 +61,25 @@ def unsigned(number: int) -> int:
 
 def twin_digest(fingerprint: Fingerprint, locator: Locator) -> bytes:
     return hashlib.blake2b(encode((fingerprint, locator)), digest_size=16).digest()
+
+
+def same_place(one: ObjectRecord, other: ObjectRecord) -> bool:
+    """Nothing separates the two on a member."""
+    return (one.fingerprint, one.locator) == (other.fingerprint, other.locator)
+
+
+def matches(record: ObjectRecord, wanted: Mapping[int, bytes]) -> bool:
+    """Whether it is live and has all these attribute values."""
+    return record.state is ObjectState.LIVE and all(_value(record, type_) == value for type_, value in wanted.items())
+
+
+def _value(record: ObjectRecord, type_: int) -> bytes | None:
+    value = record.attributes.get(type_)
+    if value is None and type_ == CLASS:
+        return record.object_class.to_bytes(8, sys.byteorder)
+    if value is None and type_ == KEY_TYPE and record.key_type is not None:
+        return record.key_type.to_bytes(8, sys.byteorder)
+    return value
 
 
 # -- objects -----------------------------------------------------------------------------------------------------
@@ -203,6 +229,26 @@ def from_member(member: MemberRecord) -> Row:
 def to_intent(row: Row) -> Intent:
     """From (record, owner): the owner moves by adoption."""
     return msgspec.structs.replace(_intent(row[0]), owner=row[1])
+
+
+OBSERVATION = "member, observer, site, ok, kind, boot_time"
+
+
+def to_observation(row: Row) -> Observation:
+    return Observation(member=row[0], observer=row[1], site=row[2], ok=bool(row[3]), kind=row[4], boot_time=row[5])
+
+
+LOGIN = "member, source, stamp, state, owner, boot_time"
+
+
+def to_login(row: Row) -> LoginRecord:
+    return LoginRecord(
+        member=row[0], source=row[1], stamp=row[2], state=LoginState(row[3]), owner=row[4], boot_time=row[5]
+    )
+
+
+def to_event(row: Row) -> Event:
+    return Event(number=row[0], time=row[1], kind=row[2], member=row[3], text=row[4], data=_data(row[5]))
 
 
 def load_owed(connection: sqlite3.Connection, where: str, values: Iterable[Any]) -> list[OwedRow]:

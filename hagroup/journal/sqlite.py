@@ -23,15 +23,15 @@ from hagroup.journal.clock import SystemClock
 from hagroup.journal.database import BUSY_TIMEOUT, Database, unavailable
 from hagroup.journal.epoch import new_epoch
 from hagroup.journal.filling import fill
-from hagroup.journal.membership import Members, insert_member
+from hagroup.journal.membership import Members
 from hagroup.journal.notes import Notes
 from hagroup.journal.owing import Owing
 from hagroup.journal.reading import Reading
 from hagroup.journal.rotating import Rotating
-from hagroup.journal.transaction import Head, Transaction
+from hagroup.journal.sqlite_transaction import Head, SqliteTransaction
 
 
-class SqliteJournal(Reading, Changing, Owing, Members, Notes, Clearing, Rotating):
+class SqliteJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Reading):
     """See :class:`hagroup.journal.api.Journal`. Any thread may use it.
 
     Never open the file otherwise (``open``, ``shutil.copy``) in a process that has it open here: closing any
@@ -98,11 +98,11 @@ class SqliteJournal(Reading, Changing, Owing, Members, Notes, Clearing, Rotating
                             place.device,
                         ),
                     )
-                    t = Transaction(
+                    t = SqliteTransaction(
                         connection, owner="", now=clock.boot(), wall=clock.wall(), alive=lambda owner: False
                     )
                     for member in members:
-                        insert_member(t, member)
+                        t.insert_member(member)
                     if contents is not None:
                         fill(t, contents, [member.name for member in members])
                     t.head.membership_revision = 1

@@ -1,200 +1,244 @@
-"""One write transaction over a SQLite journal's tables: rows in, rows out, and the counters kept.
+"""One write transaction, whatever the backend: what it reads, what it writes, and the conditions that all share.
 
-What others have to notice goes through here, so that no writer can forget the change number, the view number, the
-list of what moved, or a counter.
+What others have to notice goes through here, so that no writer can forget the change number, the list of what moved, or
+an index. The methods of a journal (``changing``, ``owing``, ``membership``, ``notes``) are written once, over this; a
+backend gives the primitives.
 """
 
 from __future__ import annotations
 
-import sqlite3
+import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Concatenate, ParamSpec, TypeVar
 
-import msgspec
+from msgspec.structs import replace
 
-from hagroup.core.records import Copy, Intent, Lease, Locator, MemberRecord, ObjectRecord, OwedKind, OwedRow, Tombstone
-from hagroup.journal import rows, rules, schema
+from hagroup.core.records import (
+    Copy,
+    GroupRecord,
+    Intent,
+    Lease,
+    Locator,
+    LoginRecord,
+    MemberRecord,
+    ObjectRecord,
+    ObjectState,
+    Observation,
+    OwedKind,
+    OwedRow,
+    Rotation,
+    Seal,
+    Tombstone,
+)
+from hagroup.journal import rules
 from hagroup.journal.api import LeaseLost, StaleMembership
 from hagroup.journal.rules import Asker, Situation
 
-OPEN = "outcome IS NULL"
+P = ParamSpec("P")
+R = TypeVar("R")
+W = TypeVar("W", bound="Writer")
+
+Trying = tuple[LoginRecord, LoginRecord | None]
+"""A login that is under way, and what was known before it."""
 
 
-class Head(msgspec.Struct):
-    """The one row of ``head``, in the order of its columns after ``only``."""
+class Transaction(ABC):
+    """Reads are of one instant; what is written takes effect whole, or not at all."""
 
-    epoch: str
-    boot: str
-    membership_revision: int
-    change: int
-    view: int
-    moved_from: int
-    members_change: int
-    live: int
-    creating: int
-    tombstones: int
-    intents: int
-    owed: int
-
-
-_HEAD = ", ".join(Head.__struct_fields__)
-_SET_HEAD = ", ".join(f"{name} = ?" for name in Head.__struct_fields__)
-
-
-def read_head(connection: sqlite3.Connection) -> Head:
-    return Head(*connection.execute(f"SELECT {_HEAD} FROM head").fetchone())
-
-
-class Transaction:
-    """Inside BEGIN IMMEDIATE ... COMMIT, for one owner."""
-
-    def __init__(
-        self, connection: sqlite3.Connection, *, owner: str, now: float, wall: float, alive: Callable[[str], bool]
-    ) -> None:
-        self.sql = connection
-        self.owner = owner
-        self.now = now
-        self.wall = wall
-        self.alive = alive
-        self.head = read_head(connection)
-        self._was = msgspec.structs.replace(self.head)
-        self._changed = False
-        self._noticed = False
-        self._moved: set[bytes] = set()
+    owner: str
+    now: float
+    wall: float
+    alive: Callable[[str], bool]
 
     # -- numbers -------------------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def change(self) -> int:
-        """This transaction's change number (taken when first asked for)."""
-        if not self._changed:
-            self._changed = True
-            self.head.change += 1
-        return self.head.change
+        """This transaction's change number: above every barrier that was taken before it commits."""
 
+    @property
+    @abstractmethod
+    def membership_revision(self) -> int: ...
+    @abstractmethod
     def touch(self, uid: bytes) -> None:
         """The object's record, copies or owed rows move."""
-        self._moved.add(uid)
 
-    def touch_members(self) -> None:
-        self.head.members_change = self.change
-
+    @abstractmethod
+    def touch_members(self) -> None: ...
+    @abstractmethod
     def touch_all(self) -> None:
         """So much moves that it is not listed one by one."""
-        self.head.moved_from = self.change
 
+    @abstractmethod
     def notice(self) -> None:
         """Others look again, although no change number moves."""
-        self._noticed = True
 
-    def finish(self) -> int | None:
-        """Write the counters. The new view number, or None where there is nothing to notice."""
-        if self._moved:
-            change = self.change
-            self.sql.executemany("INSERT INTO moved VALUES (?, ?)", [(change, uid) for uid in self._moved])
-        if self._changed and self.head.change % schema.MOVED_TRIM == 0:
-            self._trim()
-        if not self._changed and not self._noticed:
-            if self.head != self._was:
-                raise AssertionError("a counter moved without a change number")
-            return None
-        self.head.view += 1
-        self.sql.execute(f"UPDATE head SET {_SET_HEAD}", msgspec.structs.astuple(self.head))
-        return self.head.view
+    # -- objects, copies -----------------------------------------------------------------------------------------
 
-    def _trim(self) -> None:
-        oldest = self.head.change - schema.MOVED_KEPT
-        if oldest > self.head.moved_from:
-            self.sql.execute("DELETE FROM moved WHERE change <= ?", (oldest,))
-            self.head.moved_from = oldest
-        closed = self.head.change - schema.CLOSED_KEPT
-        if closed > 0:
-            before = f"{closed:016x}"
-            self.sql.execute("DELETE FROM intents WHERE id < ? AND outcome IS NOT NULL", (before,))
+    @abstractmethod
+    def object(self, uid: bytes) -> ObjectRecord | None: ...
+    @abstractmethod
+    def insert_objects(self, records: Sequence[ObjectRecord]) -> None:
+        """New ones, ``creating``."""
+
+    @abstractmethod
+    def some_objects(self, limit: int) -> list[bytes]:
+        """UIDs of some of the objects that there are."""
+
+    @abstractmethod
+    def update_object(self, record: ObjectRecord) -> None: ...
+    @abstractmethod
+    def set_live(self, uid: bytes) -> None: ...
+    @abstractmethod
+    def others_in_place(self, record: ObjectRecord) -> Iterable[ObjectRecord]:
+        """Other objects with the locator of ``record``."""
+
+    @abstractmethod
+    def has_twin(self, record: ObjectRecord) -> bool:
+        """Whether an object has the very fingerprint and locator of this new one."""
+
+    @abstractmethod
+    def copies(self, uid: bytes) -> dict[str, Copy]: ...
+    @abstractmethod
+    def put_copy(self, copy: Copy) -> None: ...
+    @abstractmethod
+    def drop_copy(self, member: str, uid: bytes) -> None: ...
+    @abstractmethod
+    def tombstone(self, uid: bytes) -> Tombstone | None: ...
+    @abstractmethod
+    def entomb(self, record: ObjectRecord, stone: Tombstone) -> None:
+        """Tombstone in place of the record; copies and owed rows stay as they are."""
+
+    # -- owed rows -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def owed_of(self, uid: bytes) -> dict[str, OwedRow]: ...
+    @abstractmethod
+    def insert_owed(self, new: Sequence[OwedRow]) -> None: ...
+    @abstractmethod
+    def put_owed(self, before: OwedRow | None, after: OwedRow | None) -> None:
+        """Bring a row from what was read to what it becomes."""
+
+    @abstractmethod
+    def hinders(self, member: str, barrier: int, limit: int) -> list[OwedRow]:
+        """Rows up to the barrier without an outstanding attempt or a reason: they keep the member out."""
+
+    # -- intents, members, group ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def intent(self, id_: str | None) -> tuple[Intent, str | None] | None:
+        """The intent and its outcome (None: open)."""
+
+    @abstractmethod
+    def add_intent(self, intent: Intent) -> None: ...
+    @abstractmethod
+    def close_intent(self, intent: Intent, outcome: str) -> None:
+        """Its outcome is remembered, for an owner that was stopped in between; its secrets' envelope is not."""
+
+    @abstractmethod
+    def adopt(self, intent: Intent) -> None:
+        """It is this owner's from now on."""
+
+    @abstractmethod
+    def members(self) -> list[MemberRecord]: ...
+    @abstractmethod
+    def insert_member(self, member: MemberRecord) -> None:
+        """At the end of the list."""
+
+    @abstractmethod
+    def put_member(self, member: MemberRecord) -> None: ...
+    @abstractmethod
+    def drop_member(self, name: str) -> None:
+        """With all that is kept of it."""
+
+    @abstractmethod
+    def owe_everything(self, member: str) -> None:
+        """A new member owes an ``install`` for every object."""
+
+    @abstractmethod
+    def announce(self, names: Iterable[str]) -> None:
+        """Their manifests may show this transaction's change from now on."""
+
+    @abstractmethod
+    def move_membership(self) -> int:
+        """The new membership revision."""
+
+    @abstractmethod
+    def group(self) -> GroupRecord: ...
+    @abstractmethod
+    def update_identity(self, **values: str | bytes | Rotation) -> None:
+        """Fields of the group record by name."""
+
+    @abstractmethod
+    def begin_epoch(self) -> str:
+        """A new epoch, greater than all before it."""
+
+    # -- leases, observations, logins, events --------------------------------------------------------------------
+
+    @abstractmethod
+    def lease(self, name: str) -> tuple[str | None, int, float] | None:
+        """Its owner (None: given back), token, and the boot time at which it ends."""
+
+    @abstractmethod
+    def put_lease(self, lease: Lease) -> None: ...
+    @abstractmethod
+    def free_lease(self, name: str) -> None: ...
+    @abstractmethod
+    def observation(self, member: str, observer: str) -> Observation | None: ...
+    @abstractmethod
+    def put_observation(self, seen: Observation) -> None: ...
+    @abstractmethod
+    def logins(self) -> list[Trying]:
+        """All, each with what was known before it where it is under way."""
+
+    @abstractmethod
+    def put_login(self, record: LoginRecord, before: LoginRecord | None = None) -> None: ...
+    @abstractmethod
+    def drop_login(self, member: str, source: str) -> None: ...
+    @abstractmethod
+    def add_event(self, kind: str, text: str, member: str | None, data: dict[str, str]) -> None: ...
+    @abstractmethod
+    def put_seal(self, seal: Seal) -> None:
+        """In place of the one before; :meth:`group` has it."""
 
     # -- conditions ----------------------------------------------------------------------------------------------
 
     def expect_membership(self, revision: int) -> None:
-        if revision != self.head.membership_revision:
-            raise StaleMembership(f"membership revision {revision}, now {self.head.membership_revision}")
+        if revision != self.membership_revision:
+            raise StaleMembership(f"membership revision {revision}, now {self.membership_revision}")
 
     def expect_lease(self, lease: Lease | None) -> None:
         if lease is None:
             return
-        found = self.sql.execute("SELECT owner, token, expires FROM leases WHERE name = ?", (lease.name,)).fetchone()
+        found = self.lease(lease.name)
         if found is None or found[:2] != (lease.owner, lease.token) or lease.owner != self.owner:
             raise LeaseLost(f"lease {lease.name} is held by another")
         if found[2] <= self.now:
             raise LeaseLost(f"lease {lease.name} ran out")
 
-    # -- objects, copies -----------------------------------------------------------------------------------------
+    def member(self, name: str) -> MemberRecord | None:
+        return next((member for member in self.members() if member.name == name), None)
 
-    def object(self, uid: bytes) -> ObjectRecord | None:
-        found = self.sql.execute(f"SELECT {rows.OBJECT} FROM objects WHERE uid = ?", (uid,)).fetchone()
-        return None if found is None else rows.to_object(found)
-
-    def update_object(self, record: ObjectRecord) -> None:
-        columns = ", ".join(f"{name} = ?" for name in rows.OBJECT_WRITTEN.split(", "))
-        self.sql.execute(f"UPDATE objects SET {columns} WHERE uid = ?", (*rows.from_object(record), record.uid))
-        self.touch(record.uid)
-
-    def copies(self, uid: bytes) -> dict[str, Copy]:
-        found = self.sql.execute(f"SELECT {rows.COPY} FROM copies WHERE uid = ?", (uid,))
-        return {row[0]: rows.to_copy(row) for row in found}
+    # -- what all share ------------------------------------------------------------------------------------------
 
     def copy(self, member: str, uid: bytes) -> Copy | None:
-        found = self.sql.execute(
-            f"SELECT {rows.COPY} FROM copies WHERE uid = ? AND member = ?", (uid, member)
-        ).fetchone()
-        return None if found is None else rows.to_copy(found)
+        return self.copies(uid).get(member)
 
-    def situation(self, uid: bytes) -> Situation:
-        """What there is of the object, for a rule."""
-        record = self.object(uid)
-        if record is None or record.intent is None or record.state != "live":
-            return Situation(record)
-        return Situation(record, record.revision + 1)
-
-    def tombstone(self, uid: bytes) -> Tombstone | None:
-        found = self.sql.execute("SELECT * FROM tombstones WHERE uid = ?", (uid,)).fetchone()
-        return None if found is None else rows.to_tombstone(found)
-
-    # -- owed rows -----------------------------------------------------------------------------------------------
+    def owed(self, member: str, uid: bytes) -> OwedRow | None:
+        return self.owed_of(uid).get(member)
 
     def asker(self, worker: str | None) -> Asker:
         return Asker(self.owner, worker, self.change, self.now)
 
-    def owed_of(self, uid: bytes) -> dict[str, OwedRow]:
-        return {row.member: row for row in rows.load_owed(self.sql, "w.uid = ?", (uid,))}
-
-    def owed(self, member: str, uid: bytes) -> OwedRow | None:
-        found = rows.load_owed(self.sql, "w.uid = ? AND w.member = ?", (uid, member))
-        return found[0] if found else None
-
-    def insert_owed(self, new: Sequence[OwedRow]) -> None:
-        marks = ", ".join("?" * 11)
-        self.sql.executemany(
-            f"INSERT INTO owed ({rows.OWED_WRITTEN}) VALUES ({marks})", [rows.from_owed(row) for row in new]
-        )
-        self.head.owed += len(new)
-        self._moved.update(row.uid for row in new)
-
-    def put_owed(self, before: OwedRow | None, after: OwedRow | None) -> None:
-        """Bring a row from what was read to what it becomes."""
-        if before == after:
-            return
-        if before is None:
-            assert after is not None
-            self.insert_owed([after])
-            return
-        key = (before.uid, before.member)
-        self.touch(before.uid)
-        if after is None:
-            self.sql.execute("DELETE FROM owed WHERE uid = ? AND member = ?", key)
-            self.head.owed -= 1
-            return
-        columns = ", ".join(f"{name} = ?" for name in rows.OWED_WRITTEN.split(", "))
-        self.sql.execute(f"UPDATE owed SET {columns} WHERE uid = ? AND member = ?", (*rows.from_owed(after), *key))
+    def situation(self, uid: bytes) -> Situation:
+        """What there is of the object, for a rule."""
+        record = self.object(uid)
+        if record is None or record.intent is None or record.state is not ObjectState.LIVE:
+            return Situation(record)
+        return Situation(record, record.revision + 1)
 
     def apply(self, member: str, uid: bytes, before: OwedRow | None, outcome: rules.Outcome) -> bool:
         """Write down what a rule decided."""
@@ -202,19 +246,12 @@ class Transaction:
         if before is None and after is not None and after.kind is OwedKind.DESTROY:
             stone = self.tombstone(uid)
             if stone is not None:
-                after = msgspec.structs.replace(after, locators=rules.merged(after.locators, stone.locators))
+                after = replace(after, locators=rules.merged(after.locators, stone.locators))
         self.put_owed(before, after)
         if outcome.copy is not None:
-            self.sql.execute(
-                f"INSERT INTO copies ({rows.COPY}) VALUES (?, ?, ?, ?) ON CONFLICT (uid, member) DO UPDATE SET "
-                "revision = excluded.revision, locator = excluded.locator",
-                rows.from_copy(outcome.copy),
-            )
-            self.touch(uid)
+            self.put_copy(outcome.copy)
         if outcome.forget_copy:
-            gone = self.sql.execute("DELETE FROM copies WHERE uid = ? AND member = ?", (uid, member))
-            if gone.rowcount:
-                self.touch(uid)
+            self.drop_copy(member, uid)
         return outcome.accepted
 
     def bury(self, record: ObjectRecord, extra: Iterable[Locator]) -> tuple[Tombstone, dict[str, OwedRow]]:
@@ -230,14 +267,7 @@ class Transaction:
         stone = Tombstone(
             uid=uid, change=self.change, time=self.wall, locators=everywhere, fingerprint=record.fingerprint
         )
-        self.sql.execute("INSERT INTO tombstones VALUES (?, ?, ?, ?, ?)", rows.from_tombstone(stone))
-        self.sql.execute("DELETE FROM objects WHERE uid = ?", (uid,))
-        self.head.tombstones += 1
-        if record.state == "live":
-            self.head.live -= 1
-        else:
-            self.head.creating -= 1
-        self.touch(uid)
+        self.entomb(record, stone)
         condemned = {}
         for member in dict.fromkeys([*owed, *copies]):
             before = owed.get(member)
@@ -248,54 +278,27 @@ class Transaction:
         self.announce(condemned)
         return stone, condemned
 
-    # -- intents, members ----------------------------------------------------------------------------------------
 
-    def intent(self, id_: str | None) -> tuple[Intent, str | None] | None:
-        """The intent and its outcome (None: open)."""
-        found = self.sql.execute("SELECT record, owner, outcome FROM intents WHERE id = ?", (id_,)).fetchone()
-        return None if found is None else (rows.to_intent(found), found[2])
+class Writer(ABC):
+    """What the writing parts of a journal need of their backend."""
 
-    def add_intent(self, intent: Intent) -> None:
-        self.sql.execute(
-            "INSERT INTO intents VALUES (?, ?, ?, NULL, ?)",
-            (intent.id, intent.change, intent.owner, rows.encode(intent)),
-        )
-        self.head.intents += 1
+    owner: str
+    former_owners: frozenset[str] = frozenset()
 
-    def close_intent(self, intent: Intent, outcome: str) -> None:
-        """Its outcome is remembered, for an owner that was stopped in between; its secrets' envelope is not."""
-        kept = msgspec.structs.replace(intent, new_envelope=None, new_attributes=None)
-        self.sql.execute(
-            "UPDATE intents SET outcome = ?, record = ? WHERE id = ?", (outcome, rows.encode(kept), intent.id)
-        )
-        self.head.intents -= 1
+    @abstractmethod
+    def _write(self) -> AbstractContextManager[Transaction]:
+        """One transaction: durable, and the view number moved, when the block was left."""
 
-    def members(self) -> list[MemberRecord]:
-        return read_members(self.sql)
-
-    def member(self, name: str) -> MemberRecord | None:
-        found = self.sql.execute(f"SELECT {rows.MEMBER} FROM members WHERE name = ?", (name,)).fetchone()
-        return None if found is None else rows.to_member(found)
-
-    def put_member(self, member: MemberRecord) -> None:
-        self.sql.execute(
-            "UPDATE members SET record = ?, low = ?, announced = ?, confirmed = ? WHERE name = ?",
-            (*rows.from_member(member), member.name),
-        )
-        self.touch_members()
-
-    def announce(self, names: Iterable[str]) -> None:
-        """Their manifests may show this transaction's change from now on."""
-        change = self.change
-        self.sql.executemany("UPDATE members SET announced = ? WHERE name = ?", [(change, name) for name in names])
-        self.touch_members()
-
-    def one(self, statement: str, *values: Any) -> Any:
-        """First column of the first row; None where there is no row."""
-        found = self.sql.execute(statement, values).fetchone()
-        return None if found is None else found[0]
+    @abstractmethod
+    def _carry_out(self, attempt: Callable[[], R]) -> R:
+        """Run it; again from its beginning where the backend found that what it had read changed meanwhile."""
 
 
-def read_members(connection: sqlite3.Connection) -> list[MemberRecord]:
-    found = connection.execute(f"SELECT {rows.MEMBER} FROM members ORDER BY position")
-    return [rows.to_member(row) for row in found]
+def one_transaction(method: Callable[Concatenate[W, P], R]) -> Callable[Concatenate[W, P], R]:
+    """For a method that is one ``with self._write()`` and has no other effect: it may be run more than once."""
+
+    @functools.wraps(method)
+    def run(self: W, /, *values: P.args, **named: P.kwargs) -> R:
+        return self._carry_out(lambda: method(self, *values, **named))
+
+    return run

@@ -211,7 +211,7 @@ class GroupWatch:
 
     def _hold_lease(self) -> bool:
         if self._journal is None:
-            self._journal = open_journal(str(self.config.journal.url), clock=self.clock)
+            self._journal = open_journal(self.config.journal, clock=self.clock)
         journal = self._journal
         if self._lease is not None:
             try:

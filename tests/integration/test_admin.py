@@ -19,6 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hagroup.admin.cli import app
+from hagroup.config.load import load
 from hagroup.engine import outstanding, plan
 from hagroup.journal import open_journal
 from tests.support.groups import PIN, ROOT, GroupFixture, make_group, run_client, wait_until
@@ -385,7 +386,7 @@ def troubled(group: GroupFixture) -> Iterator[GroupFixture]:
     toml.chmod(0o600)
     group.take_away("hsm2")
     run_client(group, "session.generate_key(KeyType.AES, 128, store=True, label='made while one was away')\n")
-    journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
+    journal = open_journal(load(group.toml).journal)
     journal.event(outstanding.NOTE, NOTED, data=outstanding.statuses({"hsm1": "to do", "hsm3": "done"}))
     journal.close()
     yield dataclasses.replace(group, toml=toml)
@@ -408,7 +409,7 @@ def test_nothing_is_cut_on_a_terminal(troubled: GroupFixture, columns: int) -> N
         assert re.search(rf"^{name} +{member['serial']} +active ", parts["status"], re.MULTILINE), text
     for piece in ("zurich-north", "geneva", "hsm2: failed: C_Initialize: CKR_GENERAL_ERROR", NOTED):
         assert piece in read["status"], text
-    journal = open_journal(f"sqlite:{troubled.folder / 'journal.db'}")
+    journal = open_journal(load(troubled.toml).journal)
     steps, actions = plan.plan(journal), outstanding.actions(journal)
     journal.close()
     assert steps

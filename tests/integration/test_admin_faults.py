@@ -17,9 +17,7 @@ import typer.main
 
 from hagroup.admin import cli
 from hagroup.core.records import Lease
-from hagroup.journal import open_journal
-from hagroup.journal.clock import SystemClock
-from hagroup.journal.sqlite import SqliteJournal
+from hagroup.journal import SqliteJournal
 from tests.support import plain
 from tests.support.commands import run_here
 from tests.support.groups import PIN, GroupFixture, copy_group, make_group, run_client
@@ -191,7 +189,7 @@ def test_journal_read_only(group: Matrix) -> None:
 
 
 def test_two_administrators(group: Matrix) -> None:
-    other = open_journal(f"sqlite:{group.group.folder / 'journal.db'}", clock=SystemClock())
+    other = SqliteJournal.open(group.group.folder / "journal.db")
     lease = other.acquire_lease("administration", ttl=60)
     assert isinstance(lease, Lease)
     try:

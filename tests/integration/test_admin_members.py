@@ -18,7 +18,7 @@ from hagroup.core.records import Membership
 from hagroup.engine.challenge import DomainMember
 from hagroup.engine.joining import import_domain
 from hagroup.engine.leaving import BEING_REMOVED
-from hagroup.journal import open_journal
+from hagroup.journal import SqliteJournal
 from tests.integration.replica_support import connect
 from tests.support import plain
 from tests.support.faulty import Load, engine
@@ -227,7 +227,6 @@ def test_interrupted_and_back_again(group: GroupFixture) -> None:
     run_client(group, "session.generate_keypair(KeyType.RSA, 2048, store=True, label='signer')\n")
     member = group.members["hsm3"]
     section = group.toml.read_text()[group.toml.read_text().rindex("[[member]]") :]
-    url = f"sqlite:{group.folder / 'journal.db'}"
     assert group.admin("member", "remove", "hsm3", "--keep", "--yes").returncode == 0
     assert plain.labels(member) == ["signer", "signer"]
     group.toml.write_text(f"{group.toml.read_text()}\n{section}")  # as if it ended after the section was written
@@ -241,7 +240,7 @@ def test_interrupted_and_back_again(group: GroupFixture) -> None:
     assert verified.returncode == 0, verified.stdout
     assert group.admin(*arguments, "--yes").returncode == 2  # it is in the group already
 
-    journal = open_journal(url)  # as if a removal ended before the token was wiped
+    journal = SqliteJournal.open(group.folder / "journal.db")  # as if a removal ended before the token was wiped
     journal.update_member("hsm3", draining=True)
     journal.update_member("hsm3", membership=Membership.QUARANTINED, reason=BEING_REMOVED)
     journal.close()
@@ -256,7 +255,7 @@ def test_interrupted_and_back_again(group: GroupFixture) -> None:
 def test_two_administrators_at_once(new_group: Callable[..., GroupFixture]) -> None:
     group = new_group(members=2)
     token = new_token(group, "hsm3")
-    journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
+    journal = SqliteJournal.open(group.folder / "journal.db")
     try:
         assert journal.acquire_lease("administration", ttl=60.0) is not None
         done = add(group, "hsm3", token)

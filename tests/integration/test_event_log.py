@@ -19,7 +19,7 @@ from tests.support.groups import GroupFixture, make_group
 @pytest.fixture(scope="module")
 def sealed(fast_folder: Path) -> GroupFixture:
     group = make_group(fast_folder / "events", members=2)
-    journal = open_journal(str(load(group.toml).journal.url))
+    journal = open_journal(load(group.toml).journal)
     for number in range(5):
         journal.event("note", f"action {number}")
     journal.close()
@@ -52,7 +52,7 @@ def verify(group: GroupFixture) -> tuple[int, str]:
 def problems(group: GroupFixture) -> list[str]:
     """What the command would tell, without the cost of its process."""
     config = load(group.toml)
-    journal = open_journal(str(config.journal.url))
+    journal = open_journal(config.journal)
     try:
         return seal_check.check(config, journal, stamped_pins(config, (None, None))).problems
     finally:
@@ -103,7 +103,7 @@ def test_each_change_is_told(
 
 def alarm(group: GroupFixture) -> list[str]:
     """What the watchdog is told after something happened, and a program looked."""
-    journal = open_journal(str(load(group.toml).journal.url))
+    journal = open_journal(load(group.toml).journal)
     try:
         journal.event("note", "something to seal")
         assert group.admin("sync").returncode == 0

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from hagroup.core.records import LoginState
-from hagroup.journal import open_journal
+from hagroup.journal import SqliteJournal
 from tests.support.groups import GroupFixture, make_group, wait_until
 from tests.support.watchdogs import (
     BOUND,
@@ -251,7 +251,7 @@ def test_wrong_pin_is_tried_once_and_said(group: GroupFixture) -> None:
     configure(group, hook)
     with watching(group):
         wait_until(lambda: "PIN refused" in kinds(told), "saying so")
-    journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
+    journal = SqliteJournal.open(group.folder / "journal.db")
     try:
         (before,) = [login for login in journal.logins() if login.member == "hsm1"]
         assert before.state is LoginState.REFUSED

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 import hagroup as pkcs11
+from hagroup.config.load import load
 from hagroup.core.calls import Ckr
 from hagroup.journal import open_journal
 from hagroup.watchdog.group import GroupWatch
@@ -351,7 +352,7 @@ def test_killed_in_every_phase_another_one_goes_on(group: GroupFixture) -> None:
     away, control = False, group.folder / "hit"
     with watching(group):
         pass
-    journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
+    journal = open_journal(load(group.toml).journal)
     for phase in in_turn(PHASES, KILLED_IN):
         if (seen := recall(journal).members.get("hsm2")) is None or seen.failed == away:  # else that is to be told yet
             (group.bring_back if away else group.take_away)("hsm2")
@@ -406,7 +407,7 @@ def test_stopped_in_every_phase_another_one_goes_on(group: GroupFixture) -> None
     with watching(group):
         pass
     watchers = [Stoppable(group)]
-    journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
+    journal = open_journal(load(group.toml).journal)
     try:
         wait_until(lambda: watchers[0].says("active"), "the first to watch")
         watchers.append(Stoppable(group))

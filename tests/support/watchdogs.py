@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from hagroup.config.load import load
 from hagroup.journal import open_journal
 from hagroup.watchdog.group import GroupWatch
 from tests.support.groups import GroupFixture, wait_until
@@ -129,7 +130,7 @@ class Idle:
 
 def idle_cost(group: GroupFixture, watchdog: Watchdog, *, heartbeats: int) -> Idle:
     """What so many heartbeats of a watchdog that has settled cost, with all that it does between them."""
-    journal = open_journal(f"sqlite:{group.folder / 'journal.db'}")
+    journal = open_journal(load(group.toml).journal)
 
     def newest() -> float:
         return max((one.boot_time for one in journal.observations("hsm1")), default=0.0)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from hagroup.config.model import JournalSection, SqliteUrl
 from hagroup.core.records import OwedKind
-from hagroup.errors import ConfigurationError, JournalMismatch, JournalUnavailable
+from hagroup.errors import JournalMismatch, JournalUnavailable
 from hagroup.journal import SqliteJournal, binding, open_journal, schema
 from hagroup.journal.database import Database
 from tests.support.journals import (
@@ -151,15 +152,8 @@ def test_damage_is_reported_and_the_file_kept(journal, backend):
     assert backend.path.stat().st_size == size
 
 
-def test_urls():
-    with pytest.raises(ConfigurationError, match=r"there are: sqlite:"):
-        open_journal("carrier-pigeon://loft")
-    with pytest.raises(ConfigurationError, match="absolute"):
-        open_journal("sqlite:journal.db")
-
-
 def test_open_by_url(backend):
-    journal = open_journal(f"sqlite:{backend.path}", clock=backend.clock)
+    journal = open_journal(JournalSection(url=SqliteUrl(path=backend.path)), clock=backend.clock)
     assert journal.guarantees.durable
     assert not journal.guarantees.shared_by_hosts
     journal.close()

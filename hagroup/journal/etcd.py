@@ -1,0 +1,285 @@
+"""The journal of several hosts: an etcd cluster that many processes share."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterator, Sequence
+from typing import TypeVar
+
+from hagroup.config.model import JournalSection
+from hagroup.core.clock import Clock
+from hagroup.core.records import (
+    Lease,
+    Locator,
+    MemberRecord,
+    ObjectRecord,
+    OwedKind,
+    OwedRow,
+    Tombstone,
+)
+from hagroup.errors import JournalUnavailable
+from hagroup.journal import rules
+from hagroup.journal.api import Asking, Confirmation, Guarantees
+from hagroup.journal.changing import Changing
+from hagroup.journal.clearing import Clearing
+from hagroup.journal.clock import SystemClock
+from hagroup.journal.epoch import new_epoch
+from hagroup.journal.etcd_client import EtcdClient, after_all, b64
+from hagroup.journal.etcd_keys import Head, Keys, encode, part
+from hagroup.journal.etcd_reading import EtcdReading
+from hagroup.journal.membership import Members
+from hagroup.journal.notes import Notes
+from hagroup.journal.owing import Owing
+from hagroup.journal.rotating import Rotating
+from hagroup.journal.transaction import one_transaction
+
+T = TypeVar("T")
+
+_OBJECTS = 12
+"""Objects in one transaction: etcd takes 128 operations, and an object is up to five with three members."""
+
+
+class EtcdJournal(Changing, Owing, Members, Notes, Clearing, Rotating, EtcdReading):
+    """See :class:`hagroup.journal.api.Journal`. Any thread may use it.
+
+    Where the contract says "one transaction" for many rows at once, rows of different objects may here be written by
+    several, one after the other: each object's by one. What is raised in between leaves the earlier ones written, as if
+    they had been asked for alone.
+    """
+
+    guarantees = Guarantees(durable=True, shared_by_processes=True, shared_by_hosts=True)
+
+    @classmethod
+    def create(
+        cls,
+        section: JournalSection,
+        *,
+        label: str,
+        serial: str,
+        members: Sequence[MemberRecord],
+        domain_key_id: bytes,
+        partition_key_id: bytes,
+        reference: bytes,
+    ) -> None:
+        """Make the journal of a new group. It appears whole or not at all.
+
+        :raises JournalUnavailable: there is a journal of this name already, or etcd cannot be reached.
+        """
+        head = Head(
+            label=label,
+            serial=serial,
+            epoch=new_epoch(None),
+            membership_revision=1,
+            domain_key_id=domain_key_id,
+            partition_key_id=partition_key_id,
+            reference=reference,
+            members=tuple(member.name for member in members),
+        )
+        client = EtcdClient(section)
+        keys = Keys(client.url.name)
+        try:
+            puts = {keys.group: encode(head)}
+            for member in members:
+                puts[f"{keys.members}{part(member.name)}"] = encode(member)
+                puts[f"{keys.announced}{part(member.name)}"] = b""
+            mark = secrets.token_hex(8)
+            puts[f"{keys.root}x/made"] = mark.encode()
+            nothing = {"key": b64(keys.root), "range_end": b64(after_all(keys.root)), "target": "CREATE"}
+            answer = client.call(
+                "/kv/txn",
+                {
+                    "compare": [{**nothing, "result": "EQUAL", "create_revision": "0"}],
+                    "success": [{"request_put": {"key": b64(key), "value": b64(value)}} for key, value in puts.items()],
+                },
+            )
+            if answer.get("succeeded"):
+                return
+            made = client.get(f"{keys.root}x/made")  # the first answer may have been lost
+            if made is None or made.value != mark.encode():
+                raise JournalUnavailable(
+                    f"there is a journal {client.url} already: it was left as it is; choose another name in [journal] "
+                    "url"
+                )
+        finally:
+            client.close()
+
+    @classmethod
+    def open(cls, section: JournalSection, *, clock: Clock | None = None, read_only: bool = False) -> EtcdJournal:
+        """Open it, and register this process as an owner.
+
+        :param read_only: for looking only: no registration, every change is refused.
+        :raises JournalUnavailable: there is none, or no quorum answers.
+        """
+        journal = cls(section, clock or SystemClock(), read_only=read_only)
+        journal._start()
+        return journal
+
+    @classmethod
+    def delete(cls, section: JournalSection) -> None:
+        """Everything below its name, for good."""
+        client = EtcdClient(section)
+        try:
+            root = Keys(client.url.name).root
+            client.call("/kv/deleterange", {"key": b64(root), "range_end": b64(after_all(root))})
+        finally:
+            client.close()
+
+    # -- what all who serve have to have seen ----------------------------------------------------------------------
+
+    def destroy(
+        self, uid: bytes, *, asking: Sequence[Asking], membership_revision: int
+    ) -> tuple[Tombstone, list[OwedRow]]:
+        done = super().destroy(uid, asking=asking, membership_revision=membership_revision)
+        self._wait_for_all(f"the destruction of {uid.hex()}")
+        return done
+
+    def commit_set(self, intent: str) -> ObjectRecord:
+        done = super().commit_set(intent)
+        self._wait_for_all(f"the change of {done.uid.hex()}")
+        return done
+
+    def _wait_for_all(self, what: str) -> None:
+        revision = self._local.revision
+        passed_over = self._everybody_saw(revision) if revision else []
+        if passed_over:
+            self.event(
+                "client passed over",
+                f"{', '.join(passed_over)} did not acknowledge {what}: cut off, or frozen",
+                data={"clients": " ".join(passed_over)},
+            )
+
+    # -- many rows -----------------------------------------------------------------------------------------------
+
+    def claim(
+        self,
+        rows: Sequence[tuple[str, bytes]],
+        *,
+        worker: str | None,
+        membership_revision: int,
+        lease: Lease | None = None,
+        locators: Sequence[Locator] = (),
+    ) -> list[OwedRow]:
+        claimed: list[OwedRow] = []
+        for some in _some(rows, [uid for _, uid in rows]):
+            claimed += super().claim(
+                some, worker=worker, membership_revision=membership_revision, lease=lease, locators=locators
+            )
+        return claimed
+
+    def confirm(
+        self, confirmations: Sequence[Confirmation], *, membership_revision: int, lease: Lease | None = None
+    ) -> list[bool]:
+        answers: list[bool] = []
+        for some in _some(confirmations, [said.uid for said in confirmations]):
+            answers += super().confirm(some, membership_revision=membership_revision, lease=lease)
+        return answers
+
+    def give_up(
+        self,
+        rows: Sequence[tuple[str, bytes]],
+        *,
+        doubt: bool,
+        reason: str | None = None,
+        kind: OwedKind | None = None,
+    ) -> None:
+        for some in _some(rows, [uid for _, uid in rows]):
+            super().give_up(some, doubt=doubt, reason=reason, kind=kind)
+
+    def owe(self, rows: Sequence[tuple[str, bytes, OwedKind]], *, reason: str | None = None) -> None:
+        for some in _some(rows, [uid for _, uid, _ in rows]):
+            super().owe(some, reason=reason)
+
+    def clear_some(self, limit: int = _OBJECTS) -> list[bytes]:
+        return super().clear_some(min(limit, _OBJECTS))
+
+    def rewrap(self, envelopes: Sequence[tuple[bytes, int, bytes, bytes]]) -> list[bool]:
+        done: list[bool] = []
+        for some in _some(envelopes, [one[0] for one in envelopes]):
+            done += super().rewrap(some)
+        return done
+
+    # -- members -------------------------------------------------------------------------------------------------
+
+    @one_transaction
+    def barrier(self) -> int:
+        """Every transaction that has a change number up to it was committed before, or never will be."""
+        with self._write() as t:
+            t.write_group()
+        return int(self._local.revision)
+
+    def admit(self, name: str, *, barrier: int, low: int, lease: Lease | None) -> list[OwedRow]:
+        if name in self._mirror.head.filling:
+            self._fill(name)
+        return super().admit(name, barrier=barrier, low=low, lease=lease)
+
+    def add_member(self, member: MemberRecord) -> int:
+        self._purge(member.name)
+        revision = super().add_member(member)
+        self._fill(member.name)
+        return revision
+
+    def remove_member(self, name: str) -> int:
+        revision = super().remove_member(name)
+        self._purge(name)
+        return revision
+
+    def _fill(self, name: str) -> None:
+        """An owed ``install`` for every object that was there before the member was listed. May be done twice."""
+        self._catch_up()
+        lacking = [
+            one.uid
+            for one in self._mirror.documents()
+            if one.record is not None and name not in one.owed and name not in one.copies
+        ]
+        for some in _some(lacking, lacking):
+            self._fill_some(name, some)
+        self._filled(name)
+
+    @one_transaction
+    def _fill_some(self, name: str, uids: Sequence[bytes]) -> None:
+        with self._write() as t:
+            if t.member(name) is None:
+                return
+            t.prefetch(uids)
+            for uid in uids:
+                record = t.object(uid)
+                if record is None or t.owed(name, uid) is not None or t.copy(name, uid) is not None:
+                    continue
+                locators = (record.locator,)
+                row = rules.new_row(name, uid, OwedKind.INSTALL, t.change, revision=record.revision, locators=locators)
+                t.put_owed(None, row)
+
+    @one_transaction
+    def _filled(self, name: str) -> None:
+        with self._write() as t:
+            t.filled(name)
+
+    def _purge(self, name: str) -> None:
+        """What is left in documents of a member that was removed: nobody sees it, until one of its name comes."""
+        self._catch_up()
+        if name in self._mirror.head.members:
+            return
+        left = [one.uid for one in self._mirror.documents() if name in one.owed or name in one.copies]
+        for some in _some(left, left):
+            self._purge_some(name, some)
+
+    @one_transaction
+    def _purge_some(self, name: str, uids: Sequence[bytes]) -> None:
+        with self._write() as t:
+            t.prefetch(uids)
+            for uid in uids:
+                t.purge(name, uid)
+
+
+def _some(items: Sequence[T], uids: Collection[bytes]) -> Iterator[list[T]]:
+    """In order, each with at most so many objects."""
+    batch: list[T] = []
+    seen: set[bytes] = set()
+    for item, uid in zip(items, uids, strict=True):
+        if uid not in seen and len(seen) == _OBJECTS:
+            yield batch
+            batch, seen = [], set()
+        batch.append(item)
+        seen.add(uid)
+    if batch:
+        yield batch

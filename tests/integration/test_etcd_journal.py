@@ -1,0 +1,193 @@
+"""The journal on etcd beyond the contract: authentication, wrong settings, forks, unknown outcomes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from hagroup.config.model import JournalSection
+from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
+from hagroup.journal import EtcdJournal
+from hagroup.journal.etcd_client import EtcdClient, Unanswered, b64
+from tests.support.etcd import EtcdBackend, one_node
+from tests.support.groups import wait_until
+from tests.support.journals import confirm, installed, make_live, member, new_object, revision_of
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> Iterator[EtcdBackend]:
+    made = EtcdBackend(tmp_path, [member("a"), member("b")])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def authenticated(tmp_path: Path) -> Iterator[JournalSection]:
+    """The cluster with authentication on: a user who may do everything below /hagroup/."""
+    section = one_node().section()
+    client = EtcdClient(section)
+    password = tmp_path / "password"
+    password.write_text("right\n")
+    password.chmod(0o600)
+    for user in ("root", "hagroup"):
+        client.call("/auth/user/add", {"name": user, "password": "right"})
+    client.call("/auth/role/add", {"name": "root"})
+    client.call("/auth/role/add", {"name": "hagroup"})
+    permission = {"permType": "READWRITE", "key": b64("/hagroup/"), "range_end": b64("/hagroup0")}
+    client.call("/auth/role/grant", {"name": "hagroup", "perm": permission})
+    client.call("/auth/user/grant", {"user": "root", "role": "root"})
+    client.call("/auth/user/grant", {"user": "hagroup", "role": "hagroup"})
+    client.call("/auth/enable", {})
+    yield replace(section, user="hagroup", password_file=password)
+    root = EtcdClient(replace(section, user="root", password_file=password))
+    root.call("/auth/disable", {})
+    for user in ("root", "hagroup"):
+        client.call("/auth/user/delete", {"name": user})
+        client.call("/auth/role/delete", {"role": user})
+
+
+def create(section: JournalSection) -> None:
+    EtcdJournal.create(
+        section,
+        label="payments",
+        serial="74007601",
+        members=[member("a"), member("b")],
+        domain_key_id=b"domain",
+        partition_key_id=b"partition",
+        reference=b"reference",
+    )
+
+
+def test_user_and_password(authenticated: JournalSection, tmp_path: Path) -> None:
+    create(authenticated)
+    journal = EtcdJournal.open(authenticated)
+    try:
+        record = make_live(journal, "a")
+        assert [one.uid for one in journal.search({})] == [record.uid]
+    finally:
+        journal.close()
+    wrong = tmp_path / "wrong"
+    wrong.write_text("wrong")
+    with pytest.raises(JournalUnavailable, match="refuses the user or password"):
+        EtcdJournal.open(replace(authenticated, password_file=wrong))
+    with pytest.raises(JournalUnavailable, match=r"give .journal. user"):
+        EtcdJournal.open(replace(authenticated, user=None, password_file=None))
+
+
+def test_what_is_not_there_is_said(backend: EtcdBackend, tmp_path: Path) -> None:
+    with pytest.raises(JournalUnavailable, match="does not exist"):
+        EtcdJournal.open(one_node().section())
+    with pytest.raises(JournalUnavailable, match="already"):
+        create(backend.section)
+    other = tmp_path / "other-ca.pem"
+    other.write_bytes((one_node().folder / "node.pem").read_bytes())
+    with pytest.raises(JournalUnavailable, match="certificate"):
+        EtcdJournal.open(replace(backend.section, ca=other))
+
+
+def test_a_forked_child_is_another_owner(backend: EtcdBackend) -> None:
+    journal = backend.open()
+    record = make_live(journal, "a")
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        answer = b"wrong"
+        try:
+            try:
+                journal.object(record.uid)
+            except JournalUnavailable:
+                journal.reopen_after_fork()
+                assert journal.object(record.uid) == record
+                answer = make_live(journal, "b").uid.hex().encode() + b" " + journal.owner.encode()
+                journal.close()
+        finally:
+            os.write(write, answer)
+            os._exit(0)
+    os.waitpid(child, 0)
+    uid, owner = os.read(read, 1000).decode().split()
+    assert owner != journal.owner
+    assert not journal.owner_alive(owner)
+    assert journal.object(bytes.fromhex(uid)) is not None
+    assert journal.owner_alive(journal.owner)
+    make_live(journal, "a")
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_an_answer_that_is_lost_is_found_out(
+    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch, carried_out: bool
+) -> None:
+    """An error is not a no, and not a yes: the transaction's own key tells."""
+    journal = backend.open()
+    original, lost = EtcdClient._ask, []
+
+    def losing(self: EtcdClient, index: int, path: str, body: dict, **more: object) -> object:
+        if path == "/kv/txn" and body.get("compare") and len(body["compare"]) > 2 and not lost:
+            lost.append(path)
+            if carried_out:
+                original(self, index, path, body, **more)  # type: ignore[arg-type]
+            from hagroup.journal.etcd_client import _NoAnswer
+
+            raise _NoAnswer("lost")
+        return original(self, index, path, body, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(EtcdClient, "_ask", losing)
+    record = new_object()
+    intent = journal.begin_create([record], asking=[], membership_revision=revision_of(journal))
+    assert lost
+    assert [one.id for one in journal.intents()] == [intent.id], "once"
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_an_outcome_that_nobody_can_tell_is_settled_later(
+    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch, carried_out: bool
+) -> None:
+    journal, other = backend.open(), backend.open()
+    original, away = EtcdClient.call, []
+
+    def cut_off(self: EtcdClient, path: str, body: dict, **more: object) -> object:
+        if path == "/kv/txn" and body.get("compare") and self is journal._client and (away or len(body["compare"]) > 2):
+            if not away and carried_out:
+                original(self, path, body, **more)  # type: ignore[arg-type]
+            away.append(path)
+            unanswered = more.get("unanswered")
+            if isinstance(unanswered, list):
+                unanswered.append("lost")
+            raise Unanswered("cut off")
+        return original(self, path, body, **more)  # type: ignore[arg-type]
+
+    record = new_object()
+    with monkeypatch.context() as patched:
+        patched.setattr(EtcdClient, "call", cut_off)
+        with pytest.raises(JournalOutcomeUnknown):
+            journal.begin_create([record], asking=[], membership_revision=1)
+    journal._settle_later()
+    left = other.intents()
+    if not carried_out:
+        assert left == []
+        assert other.object(record.uid) is None
+        return
+    assert [one.uids for one in left] == [(record.uid,)]
+    adopted = other.adopt_intent(left[0].id)
+    assert adopted is not None, "nobody works on it"
+    assert other.claim([("a", record.uid)], worker=None, membership_revision=1)
+    assert confirm(other, installed("a", record)) == [True]
+    assert other.go_live(left[0].id, needed=1, serving=["a"])
+
+
+def test_who_lost_his_registration_while_nobody_answered_comes_back_by_himself(
+    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage, or a freeze, that was longer than a registration lasts."""
+    monkeypatch.setattr("hagroup.journal.etcd_mirror._KEEP_ALIVE", 0.05)
+    journal, other = backend.open(), backend.open()
+    before = journal.owner
+    other._client.revoke(journal._lease)
+    journal._client.available = False
+    wait_until(lambda: journal.owner != before and journal._client.available, "it registers anew")
+    record = make_live(journal, "a")
+    assert other.object(record.uid) == record
+    assert not other.owner_alive(before)

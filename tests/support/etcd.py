@@ -1,0 +1,118 @@
+"""Real etcd nodes on tmpfs: one for all tests of a process that need no more, started by the first; or a cluster."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hagroup.config.model import Endpoint, EtcdUrl, JournalSection
+from hagroup.core.records import MemberRecord
+from hagroup.journal import EtcdJournal
+from tests.support.journals import FakeClock
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import etcd_cluster
+
+_numbers = itertools.count(1)
+
+
+class Cluster:
+    """Some nodes, and what is done to them."""
+
+    def __init__(self, count: int) -> None:
+        base = Path("/dev/shm")
+        self.folder = Path(tempfile.mkdtemp(prefix="hagroup-etcd-", dir=base if base.is_dir() else None))
+        atexit.register(self._stop_at_exit, os.getpid())
+        self.endpoints = etcd_cluster.start(self.folder, count)
+        self.nodes = [f"node{n + 1}" for n in range(count)]
+        self._nodes = etcd_cluster.read_nodes(self.folder)
+
+    def section(self, name: str | None = None, **more: object) -> JournalSection:
+        """``[journal]`` for a group of its own."""
+        endpoints = tuple(
+            Endpoint(host=host, port=int(port)) for host, _, port in (one.partition(":") for one in self.endpoints)
+        )
+        url = EtcdUrl(endpoints=endpoints, name=name or f"test{os.getpid()}-{next(_numbers)}")
+        files = {"ca": self.folder / "ca.pem", "cert": self.folder / "client.pem", "key": self.folder / "client.key"}
+        return JournalSection(url=url, **files, **more)  # type: ignore[arg-type]
+
+    def signal(self, node: str, number: signal.Signals) -> None:
+        os.kill(int((self.folder / f"{node}.pid").read_text()), number)
+
+    def kill(self, node: str) -> None:
+        self.signal(node, signal.SIGKILL)
+
+    def restart(self, node: str) -> None:
+        one = next(one for one in self._nodes if one["name"] == node)
+        etcd_cluster.start_node(self.folder, self._nodes, one)
+
+    def leader(self) -> str:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = etcd_cluster.leader(self.folder, self._nodes)
+            if found is not None:
+                return found
+            time.sleep(0.05)
+        raise AssertionError("the cluster has no leader")
+
+    def heal(self) -> None:
+        """All nodes run, and answer."""
+        for node in self.nodes:
+            pid = int((self.folder / f"{node}.pid").read_text())
+            if etcd_cluster.is_ours(pid, self.folder):
+                os.kill(pid, signal.SIGCONT)
+            else:
+                self.restart(node)
+        self.wait()
+
+    def wait(self) -> None:
+        etcd_cluster.wait_until_ready(self.folder, self._nodes)
+
+    def stop(self) -> None:
+        etcd_cluster.stop(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _stop_at_exit(self, process: int) -> None:
+        if os.getpid() == process:  # not in a forked child
+            self.stop()
+
+
+@functools.cache
+def one_node() -> Cluster:
+    """For what is the same whatever the number of nodes."""
+    return Cluster(1)
+
+
+class EtcdBackend:
+    """See :class:`tests.support.journals.Backend`."""
+
+    def __init__(self, folder: Path, members: list[MemberRecord]) -> None:
+        self.clock = FakeClock()
+        self.section = one_node().section()
+        self._opened: list[EtcdJournal] = []
+        EtcdJournal.create(
+            self.section,
+            label="payments",
+            serial="74007601",
+            members=members,
+            domain_key_id=b"domain",
+            partition_key_id=b"partition",
+            reference=b"reference",
+        )
+
+    def open(self) -> EtcdJournal:
+        journal = EtcdJournal.open(self.section, clock=self.clock)
+        self._opened.append(journal)
+        return journal
+
+    def close(self) -> None:
+        for journal in self._opened:
+            journal.close()

@@ -1,0 +1,146 @@
+"""Programs that stand for hosts: each with a configuration of its own, doing what it is told over a pipe."""
+
+from __future__ import annotations
+
+import json
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.groups import PIN
+
+HOST = """
+import json, random, sys, threading, time
+import hagroup as pkcs11
+from hagroup import Attribute, KeyType, Mechanism
+lib = pkcs11.lib(sys.argv[1])
+session = lib.get_token(token_label="payments").open(rw=True, user_pin=sys.stdin.readline().strip())
+kept = {}
+longest, signed, failed, busy = [0.0], [0], [], threading.Event()
+changing, changer = threading.Event(), []
+changed = {"alive": [], "dead": [], "unknown": [], "changes": 0, "longest": 0.0}
+
+def sign_on():
+    key = kept["signer"]
+    while busy.is_set():
+        began = time.monotonic()
+        try:
+            key.sign(b"data", mechanism=Mechanism.SHA256_RSA_PKCS)
+            signed[0] += 1
+        except Exception as error:
+            failed.append(repr(error))
+        longest[0] = max(longest[0], time.monotonic() - began)
+
+def change_on(name):
+    # Whatever was refused may have happened or not.
+    chance, number, keys = random.Random(), 0, {}
+    while changing.is_set():
+        number += 1
+        label, key = f"{name}-{number}", None
+        if keys and chance.random() < 0.4:
+            label = chance.choice(sorted(keys))
+            key = keys.pop(label)
+            changed["alive"].remove(label)
+        changed["unknown"].append(label)
+        began = time.monotonic()
+        try:
+            if key is None:
+                keys[label] = session.generate_key(KeyType.AES, 128, store=True, label=label)
+            else:
+                key.destroy()
+            changed["unknown"].remove(label)
+            changed["alive" if key is None else "dead"].append(label)
+            changed["changes"] += 1
+        except pkcs11.PKCS11Error:
+            time.sleep(0.05)
+        finally:
+            changed["longest"] = max(changed["longest"], time.monotonic() - began)
+
+def act(what, label, *more):
+    if what == "pair":
+        kept[label] = session.generate_keypair(KeyType.RSA, 1024, store=True, label=label)[1]
+    elif what == "aes":
+        kept[label] = session.generate_key(KeyType.AES, 256, store=True, label=label)
+    elif what == "find":
+        found = [one for one in session.get_objects({Attribute.LABEL: label})]
+        if found:
+            kept[label] = found[-1]
+        return len(found)
+    elif what == "rename":
+        kept[label][Attribute.LABEL] = more[0]
+    elif what == "destroy":
+        kept[label].destroy()
+    elif what == "encrypt":
+        return len(kept[label].encrypt(bytes(16), mechanism_param=bytes(16)))
+    elif what == "sign":
+        return len(kept[label].sign(b"data", mechanism=Mechanism.SHA256_RSA_PKCS))
+    elif what == "begin signing":
+        busy.set()
+        threading.Thread(target=sign_on, daemon=True).start()
+    elif what == "end signing":
+        busy.clear()
+        return [signed[0], longest[0], failed[:3]]
+    elif what == "begin changing":
+        changing.set()
+        changer.append(threading.Thread(target=change_on, args=(label,), daemon=True))
+        changer[-1].start()
+    elif what == "end changing":
+        changing.clear()
+        changer.pop().join()
+        return changed
+
+print("ready", flush=True)
+for line in sys.stdin:
+    began = time.monotonic()
+    try:
+        answer = {"ok": act(*json.loads(line))}
+    except Exception as error:
+        answer = {"error": [one.__name__ for one in type(error).__mro__], "text": str(error)}
+    print(json.dumps({**answer, "took": time.monotonic() - began}), flush=True)
+"""
+
+
+class Host:
+    """A program on another host: it does what it is told, one thing after the other."""
+
+    def __init__(self, toml: Path) -> None:
+        """It is being started."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOST, str(toml)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdin is not None
+        print(PIN, file=self.process.stdin, flush=True)
+
+    def started(self) -> None:
+        assert self._line() == "ready"
+
+    def _line(self, timeout: float = 60.0) -> str:
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
+        assert ready, "the program on the other host gives no answer"
+        return self.process.stdout.readline().strip()
+
+    def tell(self, *what: str) -> None:
+        assert self.process.stdin is not None
+        print(json.dumps(what), file=self.process.stdin, flush=True)
+
+    def answer(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._line())
+        return found
+
+    def ask(self, *what: str) -> dict[str, Any]:
+        self.tell(*what)
+        return self.answer()
+
+    def do(self, *what: str) -> Any:
+        answer = self.ask(*what)
+        assert "ok" in answer, answer
+        return answer["ok"]
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
