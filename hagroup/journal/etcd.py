@@ -212,9 +212,7 @@ class EtcdJournal(Changing, Owing, Members, Notes, Clearing, Rotating, EtcdReadi
     ) -> list[OwedRow]:
         if name in self._mirror.head.filling:
             self._fill(name)
-        return super().admit(
-            name, barrier=barrier, low=low, lease=lease, membership_revision=membership_revision
-        )
+        return super().admit(name, barrier=barrier, low=low, lease=lease, membership_revision=membership_revision)
 
     def add_member(self, member: MemberRecord) -> int:
         self._purge(member.name)
