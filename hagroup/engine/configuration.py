@@ -95,11 +95,13 @@ def compose(config: GroupConfig, group: GroupRecord, members: Mapping[str, Membe
     )
 
 
-def successor(found: Configuration | None, ours: Configuration) -> Configuration | None:
+def successor(found: Configuration | None, ours: Configuration, *, insist: bool = False) -> Configuration | None:
     """What takes the place of ``found`` on a member; None: it stays.
 
     Hosts may have different files: each puts its own there when the membership moved, and its own later state in the
     place of an earlier one, but not its own in the place of another's over and over.
+
+    :param insist: a person asks for it: in the place of another's, too.
     """
     if found is None or found.group != ours.group or found.epoch < ours.epoch:
         return ours
@@ -107,7 +109,9 @@ def successor(found: Configuration | None, ours: Configuration) -> Configuration
         return None
     if found.revision < ours.revision:
         return ours
-    return msgspec.structs.replace(ours, number=found.number + 1) if found.origin == ours.origin else None
+    if insist or found.origin == ours.origin:
+        return msgspec.structs.replace(ours, number=found.number + 1)
+    return None
 
 
 class Keeper:
@@ -118,8 +122,11 @@ class Keeper:
         self._view = view
         self._journal = journal
 
-    def keep(self) -> None:
-        """Look at the members of which this is not known, one process at a time; does nothing where it cannot."""
+    def keep(self, *, insist: bool = False) -> None:
+        """Look at the members of which this is not known, one process at a time; does nothing where it cannot.
+
+        :param insist: look at all, and put this host's file in the place of another's.
+        """
         if self._roster.journal_behind() is not None:
             return
         self._view.refresh()
@@ -135,7 +142,9 @@ class Keeper:
         waiting = [
             (member, member.life)
             for member in self._roster.members.values()
-            if member.life is not None and member.life.configuration != known and self._roster.usable_keys(member)
+            if member.life is not None
+            and (insist or member.life.configuration != known)
+            and self._roster.usable_keys(member)
         ]
         if not waiting:
             return
@@ -144,16 +153,16 @@ class Keeper:
             return
         try:
             for member, life in waiting:
-                self._show(member, life, ours)
+                self._show(member, life, ours, insist=insist)
                 life.configuration = known
         finally:
             self._journal.release_lease(lease)
 
-    def _show(self, member: Member, life: Life, ours: Configuration) -> None:
+    def _show(self, member: Member, life: Life, ours: Configuration, *, insist: bool) -> None:
         timeout = self._roster.config.timeouts.generate
         assert life.keys is not None
         try:
-            wanted = successor(read(life.connection, life.keys, timeout=timeout), ours)
+            wanted = successor(read(life.connection, life.keys, timeout=timeout), ours, insist=insist)
             if wanted is not None:
                 write(life.connection, life.keys, wanted, timeout=timeout)
         except Ckr as error:  # no room, or too large for it: nobody is served worse by that

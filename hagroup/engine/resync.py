@@ -13,6 +13,7 @@ from hagroup.config.logging import get_logger
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.clock import Clock
 from hagroup.core.records import (
+    GroupRecord,
     Lease,
     Locator,
     Membership,
@@ -41,7 +42,7 @@ BATCH = 16
 _RETRY_FIRST, _RETRY_MOST = 1.0, 60.0
 _ANOTHERS = 1.0
 """Seconds until rows that others work on are looked at again: an owner's death moves no view number."""
-_ROUNDS = 5
+_ROUNDS = 10
 
 
 class Resync:
@@ -150,27 +151,35 @@ class Resync:
             barrier = self._journal.barrier()
             lease = self._backlog(member, life, lease)
             self._view.refresh()
+            group = self._view.group
             record = self._view.members[member.name]
             if record.membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
-                if looked_at != (record.membership, record.since, self._view.group.epoch):
+                if looked_at != (record.membership, record.since, group.epoch):
                     return False  # it was put out of sync meanwhile (the group was cleared): first the inventory
-                if self._admit(member, life, barrier, lease):
+                if self._admit(member, life, barrier, lease, group):
                     return True
             elif not self.due(member):
                 self._raise_low(member, life, barrier)
                 return True
         return False
 
-    def _admit(self, member: Member, life: Life, barrier: int, lease: Lease) -> bool:
+    def _admit(self, member: Member, life: Life, barrier: int, lease: Lease, group: GroupRecord) -> bool:
+        """:param group: as it was when it was seen that nothing more has to be looked at on the token."""
         record = self._view.members[member.name]
         assert life.keys is not None
         # What is owed from before the barrier is known only after admit: ``low`` follows, lazily.
-        shown = manifest.compose(
-            self._view.group, self._view.members, low=record.low, high=max(life.manifest_high, record.announced)
-        )
+        high = max(life.manifest_high, record.announced)
+        shown = manifest.compose(group, self._view.members, low=record.low, high=high)
         manifest.write(life.connection, life.keys, shown, timeout=self._timeout)
         life.manifest_high, life.manifest_epoch = shown.high, shown.epoch
-        keeps_out = self._journal.admit(member.name, barrier=barrier, low=barrier, lease=lease)
+        revision = group.membership_revision
+        try:
+            keeps_out = self._journal.admit(
+                member.name, barrier=barrier, low=barrier, lease=lease, membership_revision=revision
+            )
+        except StaleMembership:  # another member was admitted, or this one is to be looked at once more
+            self._view.refresh(always=True)
+            return False
         if keeps_out:
             log.info("member.not-admitted", member=member.name, owed=len(keeps_out))
             return False

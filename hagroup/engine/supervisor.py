@@ -200,7 +200,7 @@ class Supervisor:
                 continue
             if self._take(member, self._roster.config.timeouts.generate):
                 self._resync_task(member, patient=True)
-        self.keeper.keep()
+        self.keeper.keep(insist=True)
 
     def _take(self, member: Member, timeout: float) -> bool:
         """Wait until no background task runs for the member, and be that task."""

@@ -6,6 +6,8 @@ import json
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,20 +82,14 @@ def test_a_journal_that_was_put_back_changes_nothing_until_it_is_reconciled(grou
     """A backup of the file is put back after a key was made, and another one destroyed."""
     journal = group.folder / "journal.db"
     kept = group.folder / "kept.db"
-    source, target = sqlite3.connect(journal), sqlite3.connect(kept)
-    source.backup(target)
-    source.close()
-    target.close()
+    put_back(kept, journal)
     run_client(
         group,
         'session.generate_key(KeyType.AES, 256, store=True, label="later")\n'
         'next(iter(session.get_objects({Attribute.LABEL: "key 0"}))).destroy()\n',
     )
     assert group.admin("sync").returncode == 0
-    source, target = sqlite3.connect(kept), sqlite3.connect(journal)
-    source.backup(target)  # into the very file: only the members' manifests can tell
-    source.close()
-    target.close()
+    put_back(journal, kept)
 
     program = (
         "import hagroup\n"
@@ -141,6 +137,61 @@ def test_a_copy_is_refused_until_it_is_adopted(group: ForkedGroup) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert group.admin("sync").returncode == 0
     assert run_client(group, _LIST).strip() == str(_NAMES[1:])
+
+
+def put_back(journal: Path, kept: Path) -> None:
+    """Into the very file: only the members' manifests can tell."""
+    source, target = sqlite3.connect(kept), sqlite3.connect(journal)
+    source.backup(target)
+    source.close()
+    target.close()
+
+
+def test_an_older_configuration_is_refused(group: ForkedGroup) -> None:
+    """Members were added since, or are other tokens now; one that was removed since is not used, and told."""
+    text = group.toml.read_text()
+    sections = text.split("[[member]]")
+    serial = group.members["hsm2"]["serial"]
+    third = sections[2].replace('"hsm2"', '"hsm3"').replace(serial, "0123456789abcdef")
+    for older, told in (
+        (
+            "[[member]]".join(sections[:2]).replace("min_replicas  = 2", "min_replicas  = 1"),
+            "has a member 'hsm2' that this file does not have",
+        ),
+        (
+            text.replace(serial, "0123456789abcdef"),
+            f"has token_serial 0123456789abcdef, the group's member of that name has {serial}",
+        ),
+    ):
+        group.toml.write_text(older)
+        refused = group.admin("sync")
+        assert refused.returncode == 2 and told in refused.stderr, refused.stderr
+        program = (
+            f"import hagroup\ntry: hagroup.lib({str(group.toml)!r})\nexcept hagroup.HAError as error: print(error)"
+        )
+        assert (
+            told in subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        )
+    group.toml.write_text("[[member]]".join([*sections, third]))
+    assert group.admin("sync").returncode == 0
+    assert {one["name"] for one in group.status()["members"]} == {"hsm1", "hsm2"}
+    doctor = group.admin("doctor")
+    assert "hsm3" in doctor.stdout, doctor.stdout
+    group.toml.write_text(text)
+
+
+def test_a_journal_of_before_the_group_was_cleared_brings_nothing_back(group: ForkedGroup) -> None:
+    journal, kept = group.folder / "journal.db", group.folder / "kept.db"
+    put_back(kept, journal)
+    assert group.admin("clear", "--yes").returncode == 0
+    put_back(journal, kept)
+    program = "try: session.generate_key(KeyType.AES, 256, store=True)\nexcept pkcs11.HAError as error: print(error)\n"
+    assert "no change is made until `ha-admin recover`" in run_client(group, program)
+    assert "doubtful" in group.admin("recover", "--yes").stdout
+    assert group.admin("sync").returncode == 0
+    assert run_client(group, _LIST).strip() == "[]"
+    for name in group.members:
+        assert plain.labels(group.members[name]) == []
 
 
 def test_killed_anywhere_the_same_command_completes_it(

@@ -254,3 +254,24 @@ def test_a_joining_member_is_admitted_when_it_has_all(world: Simulation) -> None
     wait(world, a, 100)
     assert {one.name: one.membership for one in world.journal.members()}["hsm2"] is Membership.ADMITTED
     assert "hsm2" in world.journal.placement(uid)[0]
+
+
+def test_a_token_that_is_restored_while_it_is_admitted_is_looked_at_again(world: Simulation) -> None:
+    """Another process finds it restored between this one's last look and the admission, whose manifest hides that."""
+    a = world.client("A")
+    uid = make(a)
+    world.journal.update_member("hsm2", membership=Membership.OUT_OF_SYNC, reason="resumed")
+    token = world.members["hsm2"].right_token
+
+    def restored() -> None:
+        for number, item in list(token.objects.items()):
+            if not item.label.startswith(b"hagroup ") and not item.label.startswith(manifest.LABEL):
+                del token.objects[number]
+        world.clock.now += 1
+        world.journal.update_member("hsm2", membership=Membership.OUT_OF_SYNC, reason="its token was restored")
+
+    before(a, "admit", restored)
+    wait(world, a, 100)
+    assert {one.name: one.membership for one in world.journal.members()}["hsm2"] is Membership.ADMITTED
+    assert "hsm2" in world.journal.placement(uid)[0]
+    assert len(held(world.members["hsm2"])) == 1

@@ -141,6 +141,13 @@ def copy_group(source: GroupFixture, folder: Path) -> GroupFixture:
     return group
 
 
+def address(group: GroupFixture, name: str, **change: Any) -> list[str]:
+    """Where a member is, as options of ``ha-admin group join``."""
+    member = group.members[name] | change
+    options = ["--module", str(member["module"]), "--token-serial", member["serial"]]
+    return [*options, *(word for key, value in member["env"].items() for word in ("--env", f"{key}={value}"))]
+
+
 def wait_until(condition: Callable[[], Any], what: str, timeout: float = 90.0) -> Any:
     """The first true value of ``condition``, asked again and again until ``timeout`` seconds have passed."""
     deadline = time.monotonic() + timeout
