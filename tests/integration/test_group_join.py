@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from tests.support import plain
-from tests.support.forked_admin import Done, ForkedAdmin, ForkedGroup
+from tests.support import forked_admin, plain
+from tests.support.forked_admin import Done
 from tests.support.groups import PIN, GroupFixture, address, make_group, run_client
 
 _MAKE = """
@@ -28,16 +27,9 @@ print(encode_rsa_public_key(public).hex(), private.sign(b"data", mechanism=Mecha
 
 
 @pytest.fixture(scope="module")
-def commands() -> Iterator[ForkedAdmin]:
-    made = ForkedAdmin()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def group(fast_folder: Path, commands: ForkedAdmin) -> ForkedGroup:
+def group(fast_folder: Path) -> GroupFixture:
     """The first host's. Its file was changed by hand, and its first member has a module of its own."""
-    made = ForkedGroup.of(make_group(fast_folder / "join-first", members=2), commands)
+    made = make_group(fast_folder / "join-first", members=2)
     run_client(made, _MAKE)
     module(made).symlink_to(made.members["hsm1"]["module"])
     text = made.toml.read_text().replace("call     = 5.0", "call     = 4.5")
@@ -51,11 +43,11 @@ def module(group: GroupFixture) -> Path:
     return group.folder / "libsofthsm-elsewhere.so"
 
 
-def join(group: ForkedGroup, folder: Path, *more: str, pin: str = PIN, **change: str) -> Done:
+def join(group: GroupFixture, folder: Path, *more: str, pin: str = PIN, **change: str) -> Done:
     """From one member's address and the PIN."""
     where = address(group, "hsm2", **change)
     config = str(folder / "hagroup.toml")
-    return group.commands.run(
+    return forked_admin.run(
         "--config", config, "group", "join", *where, "--pin-env", "IT", *more, environment={"IT": pin}
     )
 
@@ -68,7 +60,7 @@ def refused(done: Done, folder: Path) -> str:
     return done.stderr
 
 
-def test_what_cannot_be_is_refused_with_nothing_done(group: ForkedGroup, fast_folder: Path) -> None:
+def test_what_cannot_be_is_refused_with_nothing_done(group: GroupFixture, fast_folder: Path) -> None:
     folder = fast_folder / "join-refused"
     assert "/nowhere/lib.so does not exist" in refused(join(group, folder, module="/nowhere/lib.so"), folder)
     assert "not confirmed" in refused(join(group, folder), folder)
@@ -81,7 +73,7 @@ def test_what_cannot_be_is_refused_with_nothing_done(group: ForkedGroup, fast_fo
         module(group).with_suffix(".away").rename(module(group))
 
 
-def test_a_new_host_comes_from_one_address_and_the_pin(group: ForkedGroup, fast_folder: Path) -> None:
+def test_a_new_host_comes_from_one_address_and_the_pin(group: GroupFixture, fast_folder: Path) -> None:
     folder = fast_folder / "join-second"
     done = join(group, folder, "--yes", "--json")
     assert done.returncode == 0, done.stdout + done.stderr

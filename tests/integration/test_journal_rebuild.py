@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.support import plain
-from tests.support.forked_admin import ForkedAdmin, ForkedGroup
 from tests.support.groups import GroupFixture, copy_group, make_group, run_client
 
 _MAKE = """
@@ -29,23 +28,16 @@ _LIST = "print(sorted(o.label for o in session.get_objects()))\n"
 
 
 @pytest.fixture(scope="module")
-def commands() -> Iterator[ForkedAdmin]:
-    made = ForkedAdmin()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def template(fast_folder: Path, commands: ForkedAdmin) -> GroupFixture:
+def template(fast_folder: Path) -> GroupFixture:
     group = make_group(fast_folder / "rebuild-template", members=2, isolation="none")
     run_client(group, _MAKE)
     return group
 
 
 @pytest.fixture
-def group(template: GroupFixture, fast_folder: Path, commands: ForkedAdmin) -> Iterator[ForkedGroup]:
+def group(template: GroupFixture, fast_folder: Path) -> Iterator[GroupFixture]:
     folder = fast_folder / "rebuild"
-    copied = ForkedGroup.of(copy_group(template, folder), commands)
+    copied = copy_group(template, folder)
     assert copied.admin("sync").returncode == 0
     yield copied
     shutil.rmtree(folder)
@@ -56,7 +48,7 @@ def lose(group: GroupFixture) -> None:
         (group.folder / f"journal.db{end}").unlink(missing_ok=True)
 
 
-def test_a_lost_journal_is_rebuilt_and_the_group_replicates_again(group: ForkedGroup) -> None:
+def test_a_lost_journal_is_rebuilt_and_the_group_replicates_again(group: GroupFixture) -> None:
     lose(group)
     refused = group.admin("status")
     assert "journal rebuild" in refused.stdout + refused.stderr
@@ -78,7 +70,7 @@ def test_a_lost_journal_is_rebuilt_and_the_group_replicates_again(group: ForkedG
     assert group.admin("verify").returncode == 0
 
 
-def test_a_journal_that_was_put_back_changes_nothing_until_it_is_reconciled(group: ForkedGroup) -> None:
+def test_a_journal_that_was_put_back_changes_nothing_until_it_is_reconciled(group: GroupFixture) -> None:
     """A backup of the file is put back after a key was made, and another one destroyed."""
     journal = group.folder / "journal.db"
     kept = group.folder / "kept.db"
@@ -109,7 +101,7 @@ def test_a_journal_that_was_put_back_changes_nothing_until_it_is_reconciled(grou
         assert sorted(plain.labels(group.members[name])) == sorted([*_NAMES, "later"][1:])
 
 
-def test_what_one_member_alone_still_has_is_neither_served_nor_destroyed(group: ForkedGroup) -> None:
+def test_what_one_member_alone_still_has_is_neither_served_nor_destroyed(group: GroupFixture) -> None:
     group.stop("hsm2")
     run_client(group, 'next(iter(session.get_objects({Attribute.LABEL: "key 0"}))).destroy()\n')
     group.bring_back("hsm2")
@@ -124,7 +116,7 @@ def test_what_one_member_alone_still_has_is_neither_served_nor_destroyed(group: 
     assert "key 0" not in plain.labels(group.members["hsm1"])
 
 
-def test_a_copy_is_refused_until_it_is_adopted(group: ForkedGroup) -> None:
+def test_a_copy_is_refused_until_it_is_adopted(group: GroupFixture) -> None:
     journal, copy = group.folder / "journal.db", group.folder / "copy.db"
     run_client(group, 'next(iter(session.get_objects({Attribute.LABEL: "key 0"}))).destroy()\n')
     shutil.copy(journal, copy)
@@ -147,7 +139,7 @@ def put_back(journal: Path, kept: Path) -> None:
     target.close()
 
 
-def test_an_older_configuration_is_refused(group: ForkedGroup) -> None:
+def test_an_older_configuration_is_refused(group: GroupFixture) -> None:
     """Members were added since, or are other tokens now; one that was removed since is not used, and told."""
     text = group.toml.read_text()
     sections = text.split("[[member]]")
@@ -180,7 +172,7 @@ def test_an_older_configuration_is_refused(group: ForkedGroup) -> None:
     group.toml.write_text(text)
 
 
-def test_a_journal_of_before_the_group_was_cleared_brings_nothing_back(group: ForkedGroup) -> None:
+def test_a_journal_of_before_the_group_was_cleared_brings_nothing_back(group: GroupFixture) -> None:
     journal, kept = group.folder / "journal.db", group.folder / "kept.db"
     put_back(kept, journal)
     assert group.admin("clear", "--yes").returncode == 0
@@ -194,13 +186,11 @@ def test_a_journal_of_before_the_group_was_cleared_brings_nothing_back(group: Fo
         assert plain.labels(group.members[name]) == []
 
 
-def test_killed_anywhere_the_same_command_completes_it(
-    template: GroupFixture, fast_folder: Path, commands: ForkedAdmin
-) -> None:
+def test_killed_anywhere_the_same_command_completes_it(template: GroupFixture, fast_folder: Path) -> None:
     """A journal that was copied, with changes in its log: what it knows is not lost to an attempt that was cut off. One
     member was away when a key was destroyed: only the journal knows that."""
     began, state = fast_folder / "rebuild-began", fast_folder / "rebuild-state"
-    first = ForkedGroup.of(copy_group(template, began), commands)
+    first = copy_group(template, began)
     assert first.admin("sync").returncode == 0
     first.take_away("hsm2")
     program = (
@@ -217,7 +207,7 @@ def test_killed_anywhere_the_same_command_completes_it(
         shutil.copytree(state, folder)
         for file in [folder / "hagroup.toml", *folder.glob("*/softhsm2.conf")]:
             file.write_text(file.read_text().replace(str(began), str(folder)))
-        group = ForkedGroup.of(GroupFixture(folder / "hagroup.toml"), commands)
+        group = GroupFixture(folder / "hagroup.toml")
         group.reload()
         done = group.admin("journal", "adopt", "--yes", watch=folder, kill_before=(step := step + 1))
         again = group.admin("journal", "adopt", "--yes", "--json")

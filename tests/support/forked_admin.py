@@ -6,9 +6,11 @@ Run as a program it is that process: requests on standard input, one JSON docume
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.groups import ROOT, GroupFixture
-
+ROOT = Path(__file__).resolve().parents[2]
 _CHANGES = {"open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "sqlite3.connect"}
 
 
@@ -34,25 +35,37 @@ class Done:
 
 
 class ForkedAdmin:
+    """One such process. It runs one command at a time."""
+
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.support.forked_admin"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True
+        )
 
     def run(
         self,
         *arguments: str,
+        timeout: float = 120,
         environment: dict[str, str] | None = None,
         watch: Path | None = None,
         kill_before: int = 0,
     ) -> Done:
-        """:param kill_before: kill it before its nth change to a file in ``watch``, counted from 1; 0: count them."""
-        asked = [list(arguments), environment or {}, None if watch is None else str(watch), kill_before]
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        """In this process's working directory and environment, without a terminal.
+
+        :param environment: further variables.
+        :param kill_before: kill it before its nth change to a file in ``watch``, counted from 1; 0: count them.
+        """
+        variables = {**os.environ, **(environment or {})}
+        asked = [list(arguments), os.getcwd(), variables, None if watch is None else str(watch), kill_before]
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         self._process.stdin.flush()
-        done = Done(*json.loads(self._process.stdout.readline()))
-        assert "Traceback" not in done.stderr, done.stderr
-        return done
+        if not select.select([self._process.stdout], [], [], timeout)[0]:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(["ha-admin", *arguments], timeout)
+        return Done(*json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
         assert self._process.stdin
@@ -60,19 +73,19 @@ class ForkedAdmin:
         self._process.wait(timeout=60)
 
 
-class ForkedGroup(GroupFixture):
-    """A group whose ``ha-admin`` is run like that."""
+_idle: list[ForkedAdmin] = []
+atexit.register(lambda: [one.close() for one in _idle])
 
-    commands: ForkedAdmin
 
-    @staticmethod
-    def of(group: GroupFixture, commands: ForkedAdmin) -> ForkedGroup:
-        made = ForkedGroup(group.toml, group.members)
-        made.commands = commands
-        return made
-
-    def admin(self, *arguments: str, timeout: float = 120, **more: Any) -> Done:  # type: ignore[override]
-        return self.commands.run("--config", str(self.toml), *arguments, **more)
+def run(*arguments: str, **more: Any) -> Done:
+    """See :meth:`ForkedAdmin.run`; several threads may have commands running at once."""
+    try:
+        admin = _idle.pop()
+    except IndexError:
+        admin = ForkedAdmin()
+    done = admin.run(*arguments, **more)
+    _idle.append(admin)
+    return done
 
 
 # -- the process ---------------------------------------------------------------------------------------------------
@@ -99,7 +112,9 @@ def _watch(folder: str, kill_before: int) -> list[int]:
 def _child(asked: list[Any], out: int, err: int, told: int) -> None:
     from hagroup.admin import cli
 
-    arguments, environment, watch, kill_before = asked
+    arguments, folder, environment, watch, kill_before = asked
+    os.chdir(folder)
+    os.environ.clear()
     os.dup2(out, 1)
     os.dup2(err, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -141,7 +156,9 @@ def _answer(asked: list[Any]) -> list[Any]:
 
 if __name__ == "__main__":
     import hagroup.admin.cli
+    from hagroup.config import logging
 
     assert hagroup.admin.cli
+    logging.prepare()
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line))), flush=True)

@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 
 from hagroup.journal import binding
+from tests.support import forked_admin
+from tests.support.forked_admin import Done
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKE_GROUP = ROOT / "softhsm-fixtures" / "make-group"
@@ -52,12 +54,9 @@ class GroupFixture:
             plain_env = {name: value for name, value in env.items() if name.startswith("SOFTHSM")}
             self.members[member["name"]] = {"module": module, "serial": member["token_serial"], "env": plain_env}
 
-    def admin(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run ha-admin on this group."""
-        command = [sys.executable, "-m", "hagroup.admin.cli", "--config", str(self.toml), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL
-        )
+    def admin(self, *arguments: str, **more: Any) -> Done:
+        """Run ha-admin on this group; see :meth:`tests.support.forked_admin.ForkedAdmin.run`."""
+        return forked_admin.run("--config", str(self.toml), *arguments, **more)
 
     def status(self) -> dict[str, Any]:
         done = self.admin("status", "--json")
