@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from hagroup.admin import commands, new_host_commands, rebuild_commands, show, sync_commands
 from hagroup.admin.backup_commands import backup_app
@@ -139,7 +138,7 @@ def status(
             print_json(found)
         else:
             if watch and sys.stdout.isatty():
-                Console().clear()
+                show.clear()
             show.status(found)
         if not watch:
             break
