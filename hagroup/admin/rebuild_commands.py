@@ -31,6 +31,7 @@ from hagroup.config.model import GroupConfig, SqliteUrl
 from hagroup.config.write import set_group_serial
 from hagroup.core.rebuilding import Former
 from hagroup.core.records import Event
+from hagroup.engine import membership
 from hagroup.engine import rebuild as rebuilding
 from hagroup.errors import ConfigurationError, HAError, JournalUnavailable
 from hagroup.journal import SqliteJournal, open_journal
@@ -157,12 +158,29 @@ def _serial(config: GroupConfig) -> str | None:
         journal.close()
 
 
-def _refuse_if_well(config: GroupConfig, *, yes: bool) -> None:
-    if not _sqlite(config).exists():
-        return
+def _is_well(config: GroupConfig) -> bool:
+    """Whether the journal that is there can be used as it is.
+
+    :raises JournalUnavailable: it is in use just now, or not ours to replace.
+    :raises GroupUnavailable: another ha-admin is at work.
+    """
+    path = _sqlite(config)
+    if not path.exists():
+        return False
+    SqliteJournal.expect_replaceable(path)
     try:
-        open_journal(config.journal, clock=SystemClock()).close()
+        journal = open_journal(config.journal, clock=SystemClock())
     except HAError:
+        return False
+    try:
+        with membership.alone(journal):
+            return True
+    finally:
+        journal.close()
+
+
+def _refuse_if_well(config: GroupConfig, *, yes: bool) -> None:
+    if not _is_well(config):
         return
     label = config.group.label
     question = f"The journal {config.journal.url} is there and well. Type the group's label to make it anew"
@@ -205,6 +223,7 @@ def adopt(pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False, as
     path = _sqlite(config)
     if not path.exists():
         raise ConfigurationError(f"{path} does not exist; if it was lost, run `ha-admin journal rebuild`")
+    _is_well(config)
     label = config.group.label
     question = f"Make {path} the journal of group {label}, in place of any other? Type the group's label"
     if not yes and not typed(question, label):

@@ -16,7 +16,7 @@ import msgspec
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig, MemberConfig, SqliteUrl
 from hagroup.config.pins import Pin
-from hagroup.core.attributes import CKA, CKO
+from hagroup.core.attributes import CKO
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.clock import Clock
 from hagroup.core.rebuilding import Evidence, Former, Found, conclude
@@ -31,6 +31,7 @@ from hagroup.core.records import (
     Tombstone,
 )
 from hagroup.engine import configuration, manifest, transport
+from hagroup.engine.about import label_of
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
 from hagroup.engine.configuration import Configuration
 from hagroup.engine.consistency import JOURNAL_REBUILT
@@ -225,7 +226,7 @@ def rebuild_from(
         tombstones=len(stones),
         members={name: f"{len(one.records)} records" for name, one in reached.items()},
         away=away,
-        doubtful=[{"uid": record.uid.hex(), "label": _label(record), "why": why} for record, why in found.doubtful],
+        doubtful=[{"uid": record.uid.hex(), "label": label_of(record), "why": why} for record, why in found.doubtful],
         not_replicable=not_replicable,
         unknown=_unknown(newest, reached, former is not None or config.journal.mirror is not None),
         aside=None if aside is None else str(aside),
@@ -308,10 +309,6 @@ def _event(config: GroupConfig, found: Found, clock: Clock) -> Event:
     return Event(number=0, time=clock.wall(), kind=JOURNAL_REBUILT, member=None, text=text, data={})
 
 
-def _label(record: ObjectRecord) -> str:
-    return record.attributes.get(CKA.LABEL, b"").decode(errors="replace")
-
-
 def _members(config: GroupConfig, reached: Mapping[str, Reached], newest: Manifest, clock: Clock) -> list[MemberRecord]:
     timeout = config.timeouts.generate
     records = []
@@ -341,7 +338,7 @@ def _not_replicable(
 ) -> list[str]:
     """Keys that no envelope is known of, and objects on the tokens that neither a record nor a tombstone tells of."""
     told = [
-        f"key {_label(record)!r} ({record.uid.hex()}): its record has no envelope"
+        f"key {label_of(record)!r} ({record.uid.hex()}): its record has no envelope"
         for record in found.records
         if record.envelope is None and record.object_class in _KEYS
     ]

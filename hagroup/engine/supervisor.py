@@ -13,6 +13,7 @@ from hagroup.config import logging
 from hagroup.core.clock import Clock
 from hagroup.core.records import OBJECT_MISSING, WATCHDOG, Membership, Observation, OwedKind
 from hagroup.core.states import State
+from hagroup.engine import about
 from hagroup.engine.configuration import Keeper
 from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Replicator
@@ -257,7 +258,8 @@ class Supervisor:
     def _repair(self, member: Member, life: Life, uid: bytes) -> None:
         """:param life: of before the search that found nothing."""
         if self._roster.is_still_whole(member, life) and self.resync.we_are_current(member):
-            self._journal.event(OBJECT_MISSING, "a member lost an object: it is made anew there", member=member.name)
+            text, data = "a member lost an object: it is made anew there", about.known(self._journal, [uid])
+            self._journal.event(OBJECT_MISSING, text, member=member.name, data=data)
             self._journal.owe([(member.name, uid, OwedKind.INSTALL)], reason=None)
             self.wake()
 

@@ -153,6 +153,23 @@ class SqliteJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Reading
         return journal
 
     @classmethod
+    def expect_replaceable(cls, path: Path | str, *, busy_timeout: float = BUSY_TIMEOUT) -> None:
+        """Before a file that is there is replaced by another one: damaged or a copy it may be, but not in use just now.
+
+        :raises JournalUnavailable: others may write it, it is locked, or it cannot be written.
+        """
+        path = Path(path)
+        binding.check_safe(path)
+        try:
+            with _plain(path, busy_timeout) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("CREATE TABLE may_be_written (x)")
+                connection.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY):
+                raise unavailable(path, error) from error
+
+    @classmethod
     def adopt_file(cls, path: Path | str) -> str:
         """Make a copied or restored file the journal of this place. Returns the new epoch.
 
@@ -219,10 +236,10 @@ def set_aside(path: Path, aside: Path) -> None:
 class _plain:  # noqa: N801 - a context manager, used like a function
     """A connection for setting up, outside any :class:`Database`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, busy_timeout: float = BUSY_TIMEOUT) -> None:
         quoted = str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
         self._connection = sqlite3.connect(
-            f"file:{quoted}?mode=rw", uri=True, timeout=BUSY_TIMEOUT, isolation_level=None
+            f"file:{quoted}?mode=rw", uri=True, timeout=busy_timeout, isolation_level=None
         )
 
     def __enter__(self) -> sqlite3.Connection:

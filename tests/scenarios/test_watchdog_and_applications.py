@@ -273,6 +273,9 @@ def test_a_full_token_a_broken_log_and_a_key_that_is_back_are_told_once(group: G
         group.bring_back("hsm3")
         wait_until(lambda: {"tombstoned key reappeared", "group whole"} <= set(kinds(told)), "that the key is back")
         assert "destroyed since" not in plain.labels(group.members["hsm3"])
+        listed = json.loads(group.admin("journal", "list", "--object", "destroyed since", "--json").stdout)
+        assert [(one["event"], one["member"]) for one in listed] == [("object reappeared", "hsm3")]
+        assert "destroyed since" not in told.read_text(), "labels are the application's affair"
         journal.execute(f"INSERT INTO events VALUES ({', '.join('?' * len(event))})", event)
     group.toml.write_text(before)
     found = [(one["kind"], one["member"]) for one in events(told)]
