@@ -128,23 +128,32 @@ def _placed(found: GroupConfig, url: str | None, mirror: Path | None) -> GroupCo
 
 def _journal(host: NewHost, found: GroupConfig, config: GroupConfig, *, yes: bool) -> rebuild.Rebuilt | None:
     """Make it, or see that the one that is there is the group's. What an interrupted attempt left is whole."""
-    if not isinstance(config.journal.url, SqliteUrl) or config.journal.url.path.exists():
-        with commands.opened_journal(config) as journal:
-            unknown = {member.name for member in journal.members()} - {member.name for member in config.members}
-            if unknown:
-                raise ConfigurationError(
-                    f"the journal {config.journal.url} has a member {min(unknown)!r} that the members' configuration "
-                    f"does not have: give the address of another member{NOT_CHANGED}"
-                )
+    if not isinstance(config.journal.url, SqliteUrl):
+        _attach(config)
         return None
-    label = config.group.label
-    question = (
-        f"The journal of group {label} is made anew here; the one that it had ({found.journal.url}, configuration "
-        f"{host.origin}) must not be used any more. Type the group's label"
-    )
-    if not yes and not typed(question, label):
-        raise ConfigurationError(f"not confirmed (give --yes in scripts){NOT_CHANGED}")
-    return host.make_journal(config, clock=SystemClock())
+    with rebuild_commands.alone(config):
+        if config.journal.url.path.exists():
+            _attach(config)
+            return None
+        label = config.group.label
+        question = (
+            f"The journal of group {label} is made anew here; the one that it had ({found.journal.url}, configuration "
+            f"{host.origin}) must not be used any more. Type the group's label"
+        )
+        if not yes and not typed(question, label):
+            raise ConfigurationError(f"not confirmed (give --yes in scripts){NOT_CHANGED}")
+        return host.make_journal(config, clock=SystemClock())
+
+
+def _attach(config: GroupConfig) -> None:
+    """:raises HAError: the journal is another group's, or cannot be used here."""
+    with commands.opened_journal(config) as journal:
+        unknown = {member.name for member in journal.members()} - {member.name for member in config.members}
+        if unknown:
+            raise ConfigurationError(
+                f"the journal {config.journal.url} has a member {min(unknown)!r} that the members' configuration "
+                f"does not have: give the address of another member{NOT_CHANGED}"
+            )
 
 
 def _show(host: NewHost, config: GroupConfig, done: rebuild.Rebuilt | None, *, as_json: bool) -> None:

@@ -52,7 +52,7 @@ def rebuild(
     Then every member goes through a full inventory before it serves. Interrupted, the same command completes it.
     """
     config = load(chosen_config())
-    with _alone(config):
+    with alone(config):
         if config.group.serial is None and (serial := _serial(config)) is not None:
             set_group_serial(config.path, serial)
             say(f"the journal {config.journal.url} is there and well; its serial number {serial} is written")
@@ -70,7 +70,7 @@ def reconcile(behind: str, *, pin: PinOptions, yes: bool) -> None:
     )
     if not yes and not typed(question, config.group.label):
         raise ConfigurationError(f"{behind}; not confirmed (give --yes in scripts); nothing was changed")
-    with _alone(config):
+    with alone(config):
         _rebuild(config, _readable(config), [], pin=pin, as_json=False)
 
 
@@ -122,7 +122,7 @@ def _sqlite(config: GroupConfig) -> Path:
 
 
 @contextmanager
-def _alone(config: GroupConfig) -> Iterator[None]:
+def alone(config: GroupConfig) -> Iterator[None]:
     """One at a time makes the journal anew; what one that was cut off left is removed."""
     path = _sqlite(config)
     try:
@@ -228,7 +228,7 @@ def adopt(pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False, as
     question = f"Make {path} the journal of group {label}, in place of any other? Type the group's label"
     if not yes and not typed(question, label):
         raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
-    with _alone(config):
+    with alone(config):
         former = _readable(config)
         if former is None:
             raise ConfigurationError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
+from hagroup.config.load import load
+from hagroup.journal import open_journal
 from tests.support import forked_admin, plain
 from tests.support.forked_admin import Done
 from tests.support.groups import PIN, GroupFixture, address, make_group, run_client
@@ -29,7 +33,7 @@ print(encode_rsa_public_key(public).hex(), private.sign(b"data", mechanism=Mecha
 @pytest.fixture(scope="module")
 def group(fast_folder: Path) -> GroupFixture:
     """The first host's. Its file was changed by hand, and its first member has a module of its own."""
-    made = make_group(fast_folder / "join-first", members=2)
+    made = make_group(fast_folder / "join-first", members=2, isolation="none")
     run_client(made, _MAKE)
     module(made).symlink_to(made.members["hsm1"]["module"])
     text = made.toml.read_text().replace("call     = 5.0", "call     = 4.5")
@@ -43,13 +47,19 @@ def module(group: GroupFixture) -> Path:
     return group.folder / "libsofthsm-elsewhere.so"
 
 
-def join(group: GroupFixture, folder: Path, *more: str, pin: str = PIN, **change: str) -> Done:
+def join(
+    group: GroupFixture,
+    folder: Path,
+    *more: str,
+    pin: str = PIN,
+    watch: Path | None = None,
+    kill_before: int = 0,
+    **change: str,
+) -> Done:
     """From one member's address and the PIN."""
-    where = address(group, "hsm2", **change)
-    config = str(folder / "hagroup.toml")
-    return forked_admin.run(
-        "--config", config, "group", "join", *where, "--pin-env", "IT", *more, environment={"IT": pin}
-    )
+    words = ["--config", str(folder / "hagroup.toml"), "group", "join", *address(group, "hsm2", **change)]
+    words += ["--pin-env", "IT", *more]
+    return forked_admin.run(*words, environment={"IT": pin}, watch=watch, kill_before=kill_before)
 
 
 def refused(done: Done, folder: Path) -> str:
@@ -71,6 +81,28 @@ def test_what_cannot_be_is_refused_with_nothing_done(group: GroupFixture, fast_f
         assert f'member "hsm1": its module {module(group)}' in refused(join(group, folder, "--yes"), folder)
     finally:
         module(group).with_suffix(".away").rename(module(group))
+
+
+def test_killed_anywhere_the_same_command_completes_it(group: GroupFixture, fast_folder: Path) -> None:
+    step, status = 0, -signal.SIGKILL
+    while status == -signal.SIGKILL:
+        folder = fast_folder / f"join-killed-{(step := step + 1)}"
+        status = join(group, folder, "--yes", watch=folder, kill_before=step).returncode
+        again = join(group, folder, "--yes")
+        whole = "this host is in a group" in again.stderr  # it was killed after all was done
+        assert again.returncode == 0 or whole, f"killed before change {step}: {again.stdout}{again.stderr}"
+        config = load(folder / "hagroup.toml")
+        journal = open_journal(config.journal)
+        try:
+            assert journal.counts()["live"] == 2
+            assert {member.name for member in journal.members()} == set(group.members)
+        finally:
+            journal.close()
+        left = {path.name for path in folder.iterdir() if path.name.startswith(".journal") and path.is_file()}
+        assert not left, f"killed before change {step}: {left}"
+        shutil.rmtree(folder)
+    print(f"killed before each of {step - 1} changes to files")
+    assert step > 6
 
 
 def test_a_new_host_comes_from_one_address_and_the_pin(group: GroupFixture, fast_folder: Path) -> None:
