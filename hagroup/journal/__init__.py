@@ -1,18 +1,37 @@
-"""The journal: the one place that orders changes (DESIGN.md 4)."""
+"""The journal: the one place that orders changes (DESIGN.md 4).
+
+etcd's client (requests, urllib3, ssl) is loaded where a group has its journal there: for every program whose journal is
+SQLite it would be a third of the start.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from hagroup.config.model import JournalSection, SqliteUrl
 from hagroup.core.clock import Clock
 from hagroup.core.records import MemberRecord
 from hagroup.journal.api import Journal
 from hagroup.journal.clock import SystemClock
-from hagroup.journal.etcd import EtcdJournal
 from hagroup.journal.sqlite import SqliteJournal
 
+if TYPE_CHECKING:
+    from hagroup.journal.etcd import EtcdJournal
+
 __all__ = ["EtcdJournal", "Journal", "SqliteJournal", "SystemClock", "create_journal", "delete_journal", "open_journal"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "EtcdJournal":
+        raise AttributeError(name)
+    return _etcd()
+
+
+def _etcd() -> type[EtcdJournal]:
+    from hagroup.journal.etcd import EtcdJournal
+
+    return EtcdJournal
 
 
 def open_journal(section: JournalSection, *, clock: Clock | None = None) -> Journal:
@@ -23,7 +42,7 @@ def open_journal(section: JournalSection, *, clock: Clock | None = None) -> Jour
     clock = clock or SystemClock()
     if isinstance(section.url, SqliteUrl):
         return SqliteJournal.open(section.url.path, clock=clock)
-    return EtcdJournal.open(section, clock=clock)
+    return _etcd().open(section, clock=clock)
 
 
 def create_journal(
@@ -53,7 +72,7 @@ def create_journal(
             clock=clock,
         )
         return
-    EtcdJournal.create(
+    _etcd().create(
         section,
         label=label,
         serial=serial,
@@ -71,4 +90,4 @@ def delete_journal(section: JournalSection) -> None:
         for suffix in ("", "-wal", "-shm"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
         return
-    EtcdJournal.delete(section)
+    _etcd().delete(section)
