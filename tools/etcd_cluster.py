@@ -7,6 +7,7 @@ import datetime
 import ipaddress
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -138,7 +139,8 @@ def wait_until_ready(folder: Path, nodes: list[dict[str, object]]) -> None:
             pass
         if time.monotonic() > deadline:
             stop(folder)
-            raise RuntimeError(f"the nodes did not become ready in {_READY:g} s: look at {folder}/node1.log")
+            log = (folder / f"{waiting[0]['name']}.log").read_text(errors="replace")[-500:]
+            raise RuntimeError(f"the nodes did not become ready in {_READY:g} s; the last lines of the log:\n{log}")
         time.sleep(0.05)
 
 
@@ -169,14 +171,19 @@ def is_ours(pid: int, folder: Path) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Below those that the system gives to outgoing connections: else a client that tries to reach a node that is down
+    may be given that node's own port, and the node cannot be started again."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as one:
+            try:
+                one.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in chosen:
+            chosen.append(port)
+    return chosen
 
 
 def make_certificates(folder: Path) -> None:

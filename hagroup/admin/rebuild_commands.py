@@ -30,8 +30,9 @@ from hagroup.core.rebuilding import Former
 from hagroup.core.records import Event
 from hagroup.engine import rebuild as rebuilding
 from hagroup.errors import ConfigurationError, HAError, JournalUnavailable
-from hagroup.journal import SqliteJournal, open_journal
+from hagroup.journal import EtcdJournal, SqliteJournal, open_journal
 from hagroup.journal.clock import SystemClock
+from hagroup.journal.sealed import Sealed, Why
 
 Keep = Annotated[
     list[str] | None, typer.Option("--keep", metavar="UID", help="take this doubtful object over all the same")
@@ -104,14 +105,22 @@ def _show(done: rebuilding.Rebuilt) -> None:
     say("each member goes through a full inventory before it serves: `ha-admin sync` does it now")
 
 
-def _sqlite(config: GroupConfig) -> Path:
-    if not isinstance(config.journal.url, SqliteUrl):
-        raise ConfigurationError(f"{config.path}: [journal] url {config.journal.url}: this is no journal on this host")
-    return config.journal.url.path
+def _there(config: GroupConfig) -> bool:
+    """Whether there is anything in the journal's place."""
+    if isinstance(config.journal.url, SqliteUrl):
+        return config.journal.url.path.exists()
+    return EtcdJournal.exists(config.journal)
+
+
+def _refuse_if_elsewhere(config: GroupConfig, sealed: Sealed | None) -> None:
+    if sealed is not None and sealed.why is not Why.MAKING:
+        raise ConfigurationError(
+            f"the journal {config.journal.url} is not the group's any more: {sealed.refusal(config.journal.url)}"
+        )
 
 
 def _refuse_if_well(config: GroupConfig, *, yes: bool) -> None:
-    if not _sqlite(config).exists():
+    if not _there(config):
         return
     try:
         open_journal(config.journal, clock=SystemClock()).close()
@@ -127,10 +136,17 @@ def _refuse_if_well(config: GroupConfig, *, yes: bool) -> None:
 
 
 def _readable(config: GroupConfig) -> tuple[Former, list[Event], str] | None:
-    """What can still be read of the file that is there, whole: from a copy that is thrown away."""
-    path = _sqlite(config)
-    if not path.exists():
+    """What can still be read of the journal that is there: of a file from a copy that is thrown away."""
+    if not _there(config):
         return None
+    if not isinstance(config.journal.url, SqliteUrl):
+        former = EtcdJournal.open_former(config.journal)
+        try:
+            _refuse_if_elsewhere(config, former.sealed())
+            return rebuilding.former_of(former)
+        finally:
+            former.close()
+    path = config.journal.url.path
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.reading-") as folder:
         copy = Path(folder) / path.name
         try:
@@ -138,8 +154,9 @@ def _readable(config: GroupConfig) -> tuple[Former, list[Event], str] | None:
                 if (there := path.with_name(path.name + end)).exists():
                     shutil.copy2(there, copy.with_name(copy.name + end))
             SqliteJournal.adopt_file(copy)
-            journal = SqliteJournal.open(copy)
+            journal = SqliteJournal.open(copy, for_moving=True)
             try:
+                _refuse_if_elsewhere(config, journal.sealed())
                 return rebuilding.former_of(journal)
             finally:
                 journal.close()
@@ -149,20 +166,20 @@ def _readable(config: GroupConfig) -> tuple[Former, list[Event], str] | None:
 
 
 def adopt(pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False, as_json: Json = False) -> None:
-    """Take over a journal's file that was copied or restored here, as far as the members agree with it.
+    """Take over a journal that was copied or restored here, as far as the members agree with it.
 
     It may be older than the group, and then it would bring back what was destroyed since: so it is made anew from what
-    it knows and what the members know. Nobody may use the other file any more.
+    it knows and what the members know. Nobody may use another copy of it any more.
     """
     config = load(chosen_config())
-    path = _sqlite(config)
-    if not path.exists():
-        raise ConfigurationError(f"{path} does not exist; if it was lost, run `ha-admin journal rebuild`")
+    url = config.journal.url
+    if not _there(config):
+        raise ConfigurationError(f"{url} does not exist; if it was lost, run `ha-admin journal rebuild`")
     label = config.group.label
-    question = f"Make {path} the journal of group {label}, in place of any other? Type the group's label"
+    question = f"Make {url} the journal of group {label}, in place of any other? Type the group's label"
     if not yes and not typed(question, label):
         raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
     former = _readable(config)
     if former is None:
-        raise ConfigurationError(f"{path} cannot be read; `ha-admin journal rebuild` does without; nothing was changed")
+        raise ConfigurationError(f"{url} cannot be read; `ha-admin journal rebuild` does without; nothing was changed")
     _rebuild(config, former, [], pin=(pin_file, pin_env), as_json=as_json)

@@ -7,12 +7,11 @@ through a full inventory before it serves.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 import msgspec
 
 from hagroup.config.logging import get_logger
-from hagroup.config.model import GroupConfig, MemberConfig, SqliteUrl
+from hagroup.config.model import GroupConfig, JournalSection, MemberConfig, SqliteUrl
 from hagroup.config.pins import Pin
 from hagroup.core.attributes import CKA, CKO
 from hagroup.core.calls import Ckr, DeadlinePassed
@@ -40,8 +39,9 @@ from hagroup.engine.setup import default_extractable, held_keys
 from hagroup.engine.stored_records import stored_records
 from hagroup.engine.token_contents import inventory
 from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable, HAError
-from hagroup.journal import SqliteJournal
+from hagroup.journal import EtcdJournal, create_journal, open_for_moving
 from hagroup.journal.api import Contents, Journal
+from hagroup.journal.epoch import new_epoch
 from hagroup.journal.mirror import Mirror
 from hagroup.journal.sqlite import set_aside
 from hagroup.members import ModuleProblem
@@ -50,6 +50,7 @@ log = get_logger(__name__)
 
 REBUILT = "the journal was rebuilt: a full inventory comes before it serves"
 _EVERYTHING = 2**31
+_COMMAND = "ha-admin journal rebuild"
 _KEYS = (CKO.PRIVATE_KEY, CKO.SECRET_KEY)
 
 
@@ -106,8 +107,6 @@ def rebuild(
     :raises GroupUnavailable: no member that knows the group answered.
     :raises ConfigurationError, DomainMismatch: they are another group's, or a PIN was refused; nothing was changed.
     """
-    if not isinstance(config.journal.url, SqliteUrl):
-        raise ConfigurationError(f"{config.path}: [journal] url {config.journal.url}: this is no journal on this host")
     reached: dict[str, _Reached] = {}
     away: dict[str, str] = {}
     timeout = config.timeouts.generate
@@ -118,7 +117,7 @@ def rebuild(
                 away[member.name] = one
             else:
                 reached[member.name] = one
-        return _rebuild(config, config.journal.url.path, reached, away, former, keep, clock)
+        return _rebuild(config, reached, away, former, keep, clock)
     finally:
         for one in reached.values():
             one.life.connection.close()
@@ -156,7 +155,6 @@ def _reach(member: MemberConfig, pin: Pin, *, timeout: float) -> _Reached | str:
 
 def _rebuild(
     config: GroupConfig,
-    path: Path,
     reached: dict[str, _Reached],
     away: dict[str, str],
     former: tuple[Former, list[Event], str] | None,
@@ -178,20 +176,18 @@ def _rebuild(
     contents = Contents(
         epoch_before=max(newest.epoch, epoch),
         change=found.change,
-        records=found.records,
+        records=[msgspec.structs.replace(one, state=ObjectState.LIVE, intent=None) for one in found.records],
         copies=[copy for copy in found.copies if copy.member in newest.members],
         tombstones=stones,
-        events=[*events, _event(config, found, clock)],
+        events=[*(msgspec.structs.replace(one, number=0) for one in events), _event(config, found, clock)],
     )
     not_replicable = _not_replicable(reached, found, timeout=config.timeouts.generate)
     first, one = next((name, one) for name, one in reached.items() if name in newest.members)
     reference = reference_envelope(one.life.connection, one.keys, timeout=config.timeouts.generate)
     members = _members(config, reached, newest, clock)
-    aside = None
-    if path.exists() or path.with_name(f"{path.name}-wal").exists():
-        aside = set_aside(path, f"replaced-{int(clock.wall())}")
-    SqliteJournal.create(
-        path,
+    aside, contents = _set_aside(config.journal, contents, clock)
+    create_journal(
+        config.journal,
         label=newest.label,
         serial=newest.group,
         members=members,
@@ -199,8 +195,12 @@ def _rebuild(
         partition_key_id=one.keys.partition_key_id,
         reference=reference,
         contents=contents,
+        command=_COMMAND,
         clock=clock,
     )
+    made = open_for_moving(config.journal, clock=clock)
+    made.open_up()
+    made.close()
     log.info("journal.rebuilt", objects=len(found.records), by=first)
     return Rebuilt(
         group=newest.group,
@@ -211,8 +211,20 @@ def _rebuild(
         doubtful=[{"uid": record.uid.hex(), "label": _label(record), "why": why} for record, why in found.doubtful],
         not_replicable=not_replicable,
         unknown=_unknown(newest, reached, former is not None or config.journal.mirror is not None),
-        aside=None if aside is None else str(aside),
+        aside=aside,
     )
+
+
+def _set_aside(section: JournalSection, contents: Contents, clock: Clock) -> tuple[str | None, Contents]:
+    """What is there makes way, and is kept: where, and what its place is taken by."""
+    if isinstance(section.url, SqliteUrl):
+        path = section.url.path
+        if not path.exists() and not path.with_name(f"{path.name}-wal").exists():
+            return None, contents
+        return str(set_aside(path, f"replaced-{int(clock.wall())}")), contents
+    epoch = new_epoch(contents.epoch_before)
+    aside, epoch = EtcdJournal.set_aside(section, _COMMAND, epoch) or (None, epoch)
+    return aside, msgspec.structs.replace(contents, epoch=epoch)
 
 
 def _newest(config: GroupConfig, reached: Mapping[str, _Reached], away: Mapping[str, str]) -> Manifest:
