@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from hagroup.config.load import load
 from hagroup.config.model import GroupConfig
 from hagroup.core.clock import Clock
-from hagroup.core.records import GroupRecord
+from hagroup.core.records import GroupRecord, MemberRecord
 from hagroup.engine.group import GroupEngine
 from hagroup.errors import ConfigurationError, JournalMismatch
 from hagroup.journal import open_journal
@@ -35,6 +36,22 @@ def check_serial(config: GroupConfig, group: GroupRecord) -> None:
         )
 
 
+def check_tokens(config: GroupConfig, members: Iterable[MemberRecord]) -> None:
+    """Looked at here, before a member would be found to show another serial number than the group's, and be put out of
+    use for everybody.
+
+    :raises ConfigurationError: the file names another token for a member.
+    """
+    serials = {member.name: member.serial for member in members}
+    for member in config.members:
+        serial = serials.get(member.name)
+        if serial and member.token_serial not in (None, serial):
+            raise ConfigurationError(
+                f'{config.path}: [[member]] "{member.name}" has token_serial {member.token_serial}, the group\'s member'
+                f" of that name has {serial}: the file is older than the group, or wrong; correct it"
+            )
+
+
 def start_group(config: GroupConfig, *, clock: Clock | None = None) -> GroupEngine:
     """The same for a configuration that was read already."""
     clock = clock or SystemClock()
@@ -54,6 +71,7 @@ def start_group(config: GroupConfig, *, clock: Clock | None = None) -> GroupEngi
                 f"{config.path}: the group has a member {unknown[0]!r} that this file does not have: it is older than "
                 "the group; add its [[member]] section, or remove it from the group with `ha-admin member remove`"
             )
+        check_tokens(config, members)
         return GroupEngine(config, journal, clock)
     except BaseException:
         journal.close()

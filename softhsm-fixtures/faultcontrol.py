@@ -74,7 +74,7 @@ OUTPUTS = frozenset(f"C_{name}" for name in _NAMES_WITH_OUTPUT.split())
 
 _ACTIONS = (
     *("delay", "delay-after", "hang", "hang-after", "late", "error", "error-after"),
-    *("crash", "crash-after", "corrupt"),
+    *("crash", "crash-after", "corrupt", "full"),
 )  # in the order of enum action, from 1
 ACTIONS = (*_ACTIONS, "absent")  # absent: error with CKR_TOKEN_NOT_PRESENT, for all that needs the token
 
@@ -344,6 +344,8 @@ class FaultControl:
             chosen = [name for name in chosen if name not in _LIBRARY]
         if action == "corrupt":
             chosen = [name for name in chosen if name in OUTPUTS]
+        if action == "full":
+            chosen = [name for name in chosen if name == "C_GetTokenInfo"]
         if not chosen:
             raise FaultControlError(f"this action can do nothing with {functions}")
         parameter = self._parameter(action, ms, rv, signal)

@@ -69,7 +69,7 @@ typedef unsigned char B; /* CK_BBOOL */
     OWN(C_GetFunctionList)                                                      \
     W(C_GetSlotList, 3, (B, P, P), NULL, NULL)                                  \
     W(C_GetSlotInfo, 2, (U, P), NULL, NULL)                                     \
-    W(C_GetTokenInfo, 2, (U, P), NULL, NULL)                                    \
+    W(C_GetTokenInfo, 2, (U, P), a2, NULL)                                      \
     W(C_GetMechanismList, 3, (U, P, P), NULL, NULL)                             \
     W(C_GetMechanismInfo, 3, (U, U, P), NULL, NULL)                             \
     W(C_InitToken, 4, (U, P, U, P), NULL, NULL)                                 \
@@ -202,6 +202,7 @@ enum action {
     ACTION_CRASH,       /* parameter: signal */
     ACTION_CRASH_AFTER, /* parameter: signal */
     ACTION_CORRUPT,
+    ACTION_FULL,
 };
 
 struct rule {
@@ -589,6 +590,13 @@ static int apply_rules(struct call *call)
     return 1;
 }
 
+/* CK_TOKEN_INFO: 96 bytes of text, flags, six numbers of sessions and PIN lengths, then total and free memory, twice. */
+static void nearly_full(unsigned char *token_info)
+{
+    static const CK_ULONG memory[] = {1000000, 10000, 1000000, 10000};
+    memcpy(token_info + 96 + 7 * sizeof(CK_ULONG), memory, sizeof memory);
+}
+
 static void apply_rules_after(struct call *call, unsigned char *buffer, const CK_ULONG *length)
 {
     for (unsigned place = 0; place < call->after_count; place++) {
@@ -609,6 +617,10 @@ static void apply_rules_after(struct call *call, unsigned char *buffer, const CK
         case ACTION_CORRUPT:
             if (call->rv == CKR_OK && buffer && length && *length)
                 buffer[*length / 2] ^= 1;
+            break;
+        case ACTION_FULL:
+            if (call->rv == CKR_OK && buffer && call->function == FUNCTION_C_GetTokenInfo)
+                nearly_full(buffer);
         }
     }
 }

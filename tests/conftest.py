@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.support.groups import GroupFixture, make_group
+from tests.support.groups import FAST, GroupFixture, make_group
 
 _numbers = itertools.count(1)
 
@@ -33,7 +33,7 @@ with contextlib.suppress(ValueError):  # not in the main thread
 def fast_folder() -> Iterator[Path]:
     """A folder on tmpfs where there is one (10,000 SoftHSM objects: 5 s against 55 s)."""
     base = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="hagroup-test-", dir=base if base.is_dir() else None))
+    folder = Path(tempfile.mkdtemp(prefix=FAST, dir=base if base.is_dir() else None))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 

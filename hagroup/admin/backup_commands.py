@@ -70,7 +70,11 @@ def backup_restore(
     if as_json:
         print_json(found)
     else:
-        table(("uid", "label", "outcome", "what"), [(one.uid, one.label, one.outcome, one.text) for one in found])
+        table(
+            ("uid", "label", "outcome", "what"),
+            [(one.uid, one.label, one.outcome, one.text) for one in found],
+            under=("what",),
+        )
         counts = {outcome: sum(one.outcome == outcome for one in found) for outcome in {one.outcome for one in found}}
         say(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
     if any(one.outcome == "refused" for one in found):

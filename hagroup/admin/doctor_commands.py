@@ -33,9 +33,9 @@ def doctor(as_json: Json = False, bundle: Bundle = None) -> None:
         print_json(found)
     else:
         for one in found:
-            print(f"{one.state:7} {one.subject}: {one.found}")
+            show.paragraph(f"{one.state:7} {one.subject}: {one.found}", indent=8)
             if one.remedy:
-                print(f"{'':7} remedy: {one.remedy}")
+                show.paragraph(f"{'':7} remedy: {one.remedy}", indent=8)
     wrong = [one for one in found if one.state != examining.OK]
     if not as_json:
         say("all is well" if not wrong else f"{len(wrong)} of {len(found)} checks need a look")
@@ -57,7 +57,7 @@ def recover(pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False, 
         print_json(done)
     else:
         lines = [(one.name, one.state, str(one.finished), str(one.owed), one.reason or "") for one in done.members]
-        show.table(("member", "state", "brought up to date", "still owed", "why"), lines)
+        show.table(("member", "state", "brought up to date", "still owed", "why"), lines, under=("why",))
     if not done.reachable:
         raise typer.Exit(UNREACHABLE)
     if not done.in_sync:

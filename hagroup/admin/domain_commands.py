@@ -67,7 +67,7 @@ def domain_show_command(pin_file: PinFile = None, pin_env: PinEnv = None, as_jso
             )
         )
         lines = [(one.name, one.keys, one.leave, one.returns, one.text) for one in found.members]
-        table(("member", "keys", "can be handed on", "new keys when away", "remark"), lines)
+        table(("member", "keys", "can be handed on", "new keys when away", "remark"), lines, under=("remark",))
     if any(one.keys != "both" for one in found.members):
         raise typer.Exit(DEGRADED)
 

@@ -27,17 +27,20 @@ from hagroup.config.load import load
 from hagroup.config.model import GroupConfig
 from hagroup.config.pins import Pin
 from hagroup.core.records import Event
-from hagroup.engine import consistency, outstanding, seal_check
+from hagroup.engine import about, consistency, outstanding, seal_check
 from hagroup.errors import ConfigurationError
 from hagroup.journal import Journal
 
 journal_app = typer.Typer(help="The journal: what happened, and what is still to be done.", no_args_is_help=True)
 
 _EVERYTHING = 2**31
+_NAMED = 3
+"""Objects that a line shows; --json has all."""
 _PAUSE = 0.5
 """Seconds between looks of ``journal tail --follow``."""
 
 Member = Annotated[str | None, typer.Option("--member", metavar="NAME", help="only events of this member")]
+Object = Annotated[str | None, typer.Option("--object", metavar="LABEL|UID", help="only events about this object")]
 Kind = Annotated[str | None, typer.Option("--event", metavar="TEXT", help="only kinds of event with this text")]
 Since = Annotated[str | None, typer.Option("--since", metavar="TIME", help="not before, e.g. 2026-01-31 or ...T12:00")]
 Until = Annotated[str | None, typer.Option("--until", metavar="TIME", help="not after")]
@@ -56,6 +59,7 @@ class ShownEvent(msgspec.Struct, frozen=True):
 
 class _Filter(msgspec.Struct, frozen=True):
     member: str | None
+    objects: frozenset[str] | None
     kind: str | None
     since: float
     until: float
@@ -63,6 +67,7 @@ class _Filter(msgspec.Struct, frozen=True):
     def passes(self, event: Event) -> bool:
         return (
             (self.member is None or event.member == self.member)
+            and (self.objects is None or not self.objects.isdisjoint(about.objects_in(event)))
             and (self.kind is None or self.kind in event.kind)
             and self.since <= event.time <= self.until
         )
@@ -85,7 +90,15 @@ def _shown(event: Event) -> ShownEvent:
 
 def _line(event: Event) -> tuple[str, str, str, str, str]:
     shown = _shown(event)
-    return str(shown.number), when(shown.time), shown.event, shown.member or "", shown.text
+    return str(shown.number), when(shown.time), shown.event, shown.member or "", shown.text + _named(event)
+
+
+def _named(event: Event) -> str:
+    """The objects in it, as far as a line goes."""
+    found = about.objects_in(event)
+    some = [f"{label!r} {uid}" for uid, label in list(found.items())[:_NAMED]]
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f" ({', '.join(some)}{more})" if some else ""
 
 
 _COLUMNS = ("number", "time (UTC)", "event", "member", "what")
@@ -94,33 +107,41 @@ _COLUMNS = ("number", "time (UTC)", "event", "member", "what")
 @journal_app.command("list")
 def journal_list(
     member: Member = None,
+    about_object: Object = None,
     event: Kind = None,
     since: Since = None,
     until: Until = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="the newest so many")] = _EVERYTHING,
     as_json: Json = False,
 ) -> None:
-    """List events, oldest first. Times without a zone are UTC."""
-    chosen = _Filter(member, event, _moment(since, 0.0), _moment(until, float("inf")))
+    """List events, oldest first. Times without a zone are UTC.
+
+    An event names the objects that it is about (lost or back on a member, adopted, restored), at most 100. What
+    programs do with their objects is no event.
+    """
+    times = _moment(since, 0.0), _moment(until, float("inf"))
     with commands.opened_journal(load(chosen_config())) as journal:
-        found = [one for one in journal.events(limit=_EVERYTHING) if chosen.passes(one)][-limit:]
+        events = journal.events(limit=_EVERYTHING)
+        chosen = _Filter(member, _meant(journal, events, about_object), event, *times)
+    found = [one for one in events if chosen.passes(one)][-limit:]
     if as_json:
         print_json([_shown(one) for one in found])
     else:
-        table(_COLUMNS, [_line(one) for one in found])
+        table(_COLUMNS, [_line(one) for one in found], under=("what",))
 
 
 @journal_app.command("tail")
 def journal_tail(
     member: Member = None,
+    about_object: Object = None,
     event: Kind = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="how many to begin with")] = 10,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on with what comes; Ctrl-C ends it")] = False,
 ) -> None:
     """Show the newest events, one line each."""
-    chosen = _Filter(member, event, 0.0, float("inf"))
     with commands.opened_journal(load(chosen_config())) as journal:
         found = journal.events(limit=_EVERYTHING)
+        chosen = _Filter(member, _meant(journal, found, about_object), event, 0.0, float("inf"))
         last = found[-1].number if found else 0
         passing = [one for one in found if chosen.passes(one)]
         _print(passing[len(passing) - min(lines, len(passing)) :])
@@ -129,6 +150,10 @@ def journal_tail(
             found = journal.events(limit=_EVERYTHING, since=last)
             _print([one for one in found if chosen.passes(one)])
             last = found[-1].number if found else last
+
+
+def _meant(journal: Journal, events: list[Event], name: str | None) -> frozenset[str] | None:
+    return None if name is None else about.uids_of(journal, events, name)
 
 
 def _print(events: list[Event]) -> None:
@@ -204,7 +229,7 @@ def journal_todo(
             )
             for one in shown
         ]
-        table(("number", "date (UTC)", "action", *names, "complete"), lines)
+        table(("number", "date (UTC)", "action", *names, "complete"), lines, under=("action",))
     else:
         say("nothing is to be done")
     if any(not one.complete for one in shown):

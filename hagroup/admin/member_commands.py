@@ -121,10 +121,10 @@ def member_list(as_json: Json = False) -> None:
         )
         for one in found
     ]
-    table(("member", "serial", "role", "membership", "site", "module", "PIN from"), lines)
+    table(("member", "serial", "role", "membership", "site", "module", "PIN from"), lines, under=("module", "PIN from"))
 
 
-def _environment(settings: list[str]) -> dict[str, str]:
+def environment(settings: list[str]) -> dict[str, str]:
     """As hagroup.toml would have them: what looks like a relative path is relative to that file."""
     found = {}
     for setting in settings:
@@ -187,7 +187,7 @@ def member_add(
         site=site,
         priority=priority,
         isolation=kind,
-        env=_environment(env or []),
+        env=environment(env or []),
         pin=source,
         wrap_mechanism=AES_KEY_WRAP_PAD if wrap_mechanism is None else int(wrap_mechanism, 0),
         local=is_softhsm(module),

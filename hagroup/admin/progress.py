@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
+from typing import TYPE_CHECKING
 
 from hagroup.errors import HAError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 _INTERVAL = 0.2
 
@@ -25,6 +25,10 @@ class Progress:
         self._bar: Bar | None = None
         self._tasks: dict[str, int] = {}
         if sys.stderr.isatty():
+            from rich.console import Console  # a fifth of every command's start, and seldom needed
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as Bar
+
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +31,13 @@ from hagroup.config.model import GroupConfig, SqliteUrl
 from hagroup.config.write import set_group_serial
 from hagroup.core.rebuilding import Former
 from hagroup.core.records import Event
+from hagroup.engine import membership
 from hagroup.engine import rebuild as rebuilding
 from hagroup.errors import ConfigurationError, HAError, JournalUnavailable
 from hagroup.journal import EtcdJournal, SqliteJournal, open_journal
 from hagroup.journal.clock import SystemClock
 from hagroup.journal.sealed import Sealed, Why
+from hagroup.journal.sqlite import tidy
 
 Keep = Annotated[
     list[str] | None, typer.Option("--keep", metavar="UID", help="take this doubtful object over all the same")
@@ -48,8 +53,13 @@ def rebuild(
     Then every member goes through a full inventory before it serves. Interrupted, the same command completes it.
     """
     config = load(chosen_config())
-    _refuse_if_well(config, yes=yes)
-    _rebuild(config, _readable(config), keep or [], pin=(pin_file, pin_env), as_json=as_json)
+    with alone(config):
+        if config.group.serial is None and (serial := _serial(config)) is not None:
+            set_group_serial(config.path, serial)
+            say(f"the journal {config.journal.url} is there and well; its serial number {serial} is written")
+            return
+        _refuse_if_well(config, yes=yes)
+        _rebuild(config, _readable(config), keep or [], pin=(pin_file, pin_env), as_json=as_json)
 
 
 def reconcile(behind: str, *, pin: PinOptions, yes: bool) -> None:
@@ -61,7 +71,8 @@ def reconcile(behind: str, *, pin: PinOptions, yes: bool) -> None:
     )
     if not yes and not typed(question, config.group.label):
         raise ConfigurationError(f"{behind}; not confirmed (give --yes in scripts); nothing was changed")
-    _rebuild(config, _readable(config), [], pin=pin, as_json=False)
+    with alone(config):
+        _rebuild(config, _readable(config), [], pin=pin, as_json=False)
 
 
 def _rebuild(
@@ -83,12 +94,12 @@ def _rebuild(
     if as_json:
         print_json(done)
     else:
-        _show(done)
+        show(done)
     if done.doubtful or done.not_replicable or done.away:
         raise typer.Exit(DEGRADED)
 
 
-def _show(done: rebuilding.Rebuilt) -> None:
+def show(done: rebuilding.Rebuilt) -> None:
     say(f"the journal was rebuilt: {done.objects} objects, {done.tombstones} tombstones")
     for name, text in done.members.items():
         say(f"member {name}: {text}")
@@ -119,12 +130,70 @@ def _refuse_if_elsewhere(config: GroupConfig, sealed: Sealed | None) -> None:
         )
 
 
-def _refuse_if_well(config: GroupConfig, *, yes: bool) -> None:
-    if not _there(config):
+@contextmanager
+def alone(config: GroupConfig) -> Iterator[None]:
+    """One at a time makes the journal anew; what one that was cut off left is removed. (On etcd the sealed head sees
+    to it: of two the later one goes on.)"""
+    if not isinstance(config.journal.url, SqliteUrl):
+        yield
         return
+    path = config.journal.url.path
     try:
-        open_journal(config.journal, clock=SystemClock()).close()
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigurationError(f"{path.parent}: {error.strerror}; nothing was changed") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        tidy(path)
+        for left in path.parent.glob(f".{path.name}.reading-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    except BlockingIOError:
+        raise ConfigurationError(
+            f"another ha-admin is making the journal {path} anew just now: wait for its end; nothing was changed"
+        ) from None
+    finally:
+        os.close(folder)
+
+
+def _serial(config: GroupConfig) -> str | None:
+    """Of the group whose well journal is there: an earlier attempt was cut off just before it was written."""
+    if not _there(config):
+        return None
+    try:
+        journal = open_journal(config.journal, clock=SystemClock())
     except HAError:
+        return None
+    try:
+        found = journal.group()
+        return found.serial if found.label == config.group.label else None
+    finally:
+        journal.close()
+
+
+def _is_well(config: GroupConfig) -> bool:
+    """Whether the journal that is there can be used as it is.
+
+    :raises JournalUnavailable: it is in use just now, or not ours to replace.
+    :raises GroupUnavailable: another ha-admin is at work.
+    """
+    if not _there(config):
+        return False
+    if isinstance(config.journal.url, SqliteUrl):
+        SqliteJournal.expect_replaceable(config.journal.url.path)
+    try:
+        journal = open_journal(config.journal, clock=SystemClock())
+    except HAError:
+        return False
+    try:
+        with membership.alone(journal):
+            return True
+    finally:
+        journal.close()
+
+
+def _refuse_if_well(config: GroupConfig, *, yes: bool) -> None:
+    if not _is_well(config):
         return
     label = config.group.label
     question = f"The journal {config.journal.url} is there and well. Type the group's label to make it anew"
@@ -175,11 +244,15 @@ def adopt(pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False, as
     url = config.journal.url
     if not _there(config):
         raise ConfigurationError(f"{url} does not exist; if it was lost, run `ha-admin journal rebuild`")
+    _is_well(config)
     label = config.group.label
     question = f"Make {url} the journal of group {label}, in place of any other? Type the group's label"
     if not yes and not typed(question, label):
         raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
-    former = _readable(config)
-    if former is None:
-        raise ConfigurationError(f"{url} cannot be read; `ha-admin journal rebuild` does without; nothing was changed")
-    _rebuild(config, former, [], pin=(pin_file, pin_env), as_json=as_json)
+    with alone(config):
+        former = _readable(config)
+        if former is None:
+            raise ConfigurationError(
+                f"{url} cannot be read; `ha-admin journal rebuild` does without; nothing was changed"
+            )
+        _rebuild(config, former, [], pin=(pin_file, pin_env), as_json=as_json)

@@ -1,37 +1,43 @@
-"""How ``ha-admin`` prints for people: tables on a terminal, plain lines in pipes, no colour there."""
+"""How ``ha-admin`` prints for people: tables on a terminal, plain lines in pipes, no colour there.
+
+rich is loaded when something is printed by it: with ``--json`` it would be a fifth of a command's time.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
+from hagroup.admin.columns import fold, lay_out
 from hagroup.admin.commands import ObjectLine, Synced
 from hagroup.engine.status import MemberStatus, Status
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _STYLES = {"in service": "green", "failed": "red", "quarantined": "bold red", "ok": "green", "down": "bold red"}
 
 
 def _console() -> Console:
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
 _WHOLE = frozenset(
     (
-        *("member", "serial", "role", "state", "membership", "missing", "stale", "delete", "unmanaged", "uid"),
+        *("member", "serial", "role", "state", "membership", "missing", "stale", "delete", "unmanaged", "uid", "id"),
         *("number", "event", "complete", "time (UTC)", "date (UTC)"),
     )
 )
 """Columns that stay in one piece, to be read and copied; the others give way on a narrow terminal."""
 
 
-def _table(*columns: str, padding: tuple[int, int] = (0, 1)) -> Table:
-    table = Table(box=None, pad_edge=False, padding=padding, header_style="bold" if sys.stdout.isatty() else "")
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in _WHOLE)
-    return table
+def clear() -> None:
+    """An empty screen."""
+    _console().clear()
 
 
 def when(rfc3339: str) -> str:
@@ -39,12 +45,36 @@ def when(rfc3339: str) -> str:
     return rfc3339.replace("T", " ").removesuffix("+00:00")
 
 
-def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
-    """Lines under headers."""
-    found = _table(*columns)
-    for line in lines:
-        found.add_row(*line)
-    _console().print(found)
+def table(
+    columns: Sequence[str],
+    lines: Iterable[Sequence[str]],
+    *,
+    under: Collection[str] = (),
+    styles: Sequence[str | None] = (),
+) -> None:
+    """Lines under headers.
+
+    :param under: columns that go below their line where the terminal is too narrow for it.
+    :param styles: of each line.
+    """
+    from rich.text import Text
+
+    console = _console()
+    for text, row in lay_out(columns, lines, console.width, whole=_WHOLE, under=under):
+        style = "bold" if row is None else styles[row] if styles else None
+        console.print(Text(text), style=style if sys.stdout.isatty() else None, soft_wrap=True)
+
+
+def paragraph(text: str, *, indent: int = 0, style: str | None = None) -> None:
+    """Folded between words on a terminal, its further lines indented; one line in pipes."""
+    from rich.text import Text
+
+    console = _console()
+    first, *others = fold(text, console.width) if sys.stdout.isatty() else [text]
+    if others:
+        first, *others = textwrap.wrap(text, console.width, subsequent_indent=" " * indent, break_on_hyphens=False)
+    for line in (first, *others):
+        console.print(Text(line), style=style, soft_wrap=True)
 
 
 def status(found: Status) -> None:
@@ -54,9 +84,9 @@ def status(found: Status) -> None:
     console.print(
         f"group {group.label} ({group.serial}): {group.state}, {sync}", style=_STYLES.get(group.state, "yellow")
     )
-    console.print(f"journal {found.journal.url}: {'ok' if found.journal.ok else 'not reachable'}")
+    paragraph(f"journal {found.journal.url}: {'ok' if found.journal.ok else 'not reachable'}", indent=4)
     if found.journal.reason:
-        console.print(found.journal.reason, style="red")
+        paragraph(found.journal.reason, style="red")
     console.print(f"{found.objects} objects, {found.tombstones} tombstones")
     if (watch := found.detection) is not None:
         console.print(
@@ -64,10 +94,25 @@ def status(found: Status) -> None:
             f"({watch.interval:g} s x {watch.threshold} + {watch.probe:g} s)"
         )
     console.print()
-    more = _more_columns(found)
-    lines = _table("member", "serial", "role", "state", "missing", "stale", "delete", "unmanaged", *more)
+    _members(found)
+    if found.watchdog is not None:
+        console.print("watchdog: watching" if found.watchdog else "watchdog: none is running")
     for member in found.members:
-        lines.add_row(
+        if member.reason is not None:
+            since = "" if member.state == "failed" else f" (since {when(member.since)} UTC)"
+            text = f"{member.name}: {member.state}{since}: {member.reason}"
+            paragraph(text, indent=4, style=_STYLES.get(member.state))
+    if found.events:
+        console.print()
+    for event in found.events:
+        of = f" {event.member}:" if event.member else ""
+        paragraph(f"{when(event.time)} {event.kind}:{of} {event.text}", indent=4)
+
+
+def _members(found: Status) -> None:
+    more = _more_columns(found)
+    lines = [
+        (
             member.name,
             member.serial,
             member.role,
@@ -77,24 +122,11 @@ def status(found: Status) -> None:
             str(member.pending_deletes),
             "?" if member.unmanaged is None else str(member.unmanaged),
             *(_more(member, column) for column in more),
-            style=_STYLES.get(member.state),
         )
-    console.print(lines)
-    if found.watchdog is not None:
-        console.print("watchdog: watching" if found.watchdog else "watchdog: none is running")
-    for member in found.members:
-        if member.reason is not None:
-            since = "" if member.state == "failed" else f" (since {when(member.since)} UTC)"
-            console.print(
-                f"{member.name}: {member.state}{since}: {member.reason}",
-                style=_STYLES.get(member.state),
-                soft_wrap=True,
-            )
-    if found.events:
-        console.print()
-    for event in found.events:
-        of = f" {event.member}:" if event.member else ""
-        console.print(f"{when(event.time)} {event.kind}:{of} {event.text}", soft_wrap=True)
+        for member in found.members
+    ]
+    columns = ("member", "serial", "role", "state", "missing", "stale", "delete", "unmanaged", *more)
+    table(columns, lines, under=more, styles=[_STYLES.get(member.state) for member in found.members])
 
 
 def _more_columns(found: Status) -> list[str]:
@@ -116,10 +148,9 @@ def _more(member: MemberStatus, column: str) -> str:
 
 
 def facts(found: Mapping[str, object]) -> None:
-    console = _console()
     for name, value in found.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        console.print(f"{name.replace('_', ' '):14} {text}", soft_wrap=True)
+        paragraph(f"{name.replace('_', ' '):14} {text}", indent=15)
 
 
 def sync(done: Synced) -> None:
@@ -130,8 +161,8 @@ def sync(done: Synced) -> None:
 
 
 def objects(found: Sequence[ObjectLine]) -> None:
-    console = _console()
-    lines = _table("class", "type", "label", "id", "uid / what it is")
-    for line in found:
-        lines.add_row(line.object_class, line.key_type or "", line.label, line.id, line.note)
-    console.print(lines)
+    table(
+        ("class", "type", "label", "id", "uid / what it is"),
+        [(line.object_class, line.key_type or "", line.label, line.id, line.note) for line in found],
+        under=("uid / what it is",),
+    )

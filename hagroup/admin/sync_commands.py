@@ -23,7 +23,8 @@ def dry_run(*, as_json: bool) -> int:
         print_json(steps)
     elif steps:
         columns = ("member", "action", "label", "uid", "reason")
-        table(columns, [(one.member, one.action, one.label, one.uid or "", one.reason) for one in steps])
+        lines = [(one.member, one.action, one.label, one.uid or "", one.reason) for one in steps]
+        table(columns, lines, under=("reason",))
     else:
         say("nothing is to be done")
     return len(steps)
@@ -42,6 +43,7 @@ def adopt(*, pin: tuple[Path | None, str | None], label: str | None, as_json: bo
         table(
             ("member", "label", "id", "what became of it"),
             [(one.member, one.label, one.id, one.refused or f"the group's, UID {one.uid}") for one in done],
+            under=("what became of it",),
         )
         say(f"{len(done) - len(refused)} objects adopted, {len(refused)} refused")
     else:

@@ -50,4 +50,5 @@ def _lines(found: list[Found]) -> None:
     table(
         ("member", "what", "label", "uid", "why"),
         [(one.member, one.difference.value, one.label, one.uid or "", one.text) for one in found],
+        under=("why",),
     )

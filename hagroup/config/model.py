@@ -64,7 +64,7 @@ class GroupSection(msgspec.Struct, frozen=True, kw_only=True):
     ha_only: bool = True
     recovery_mode: RecoveryMode = "enhanced"
     replay_limit: int = 16 * MIB
-    """Bytes of multi-part input kept so that it can be replayed on another member."""
+    """Bytes of multi-part input kept so that it can be replayed on another member; what came out for it is kept too."""
     site: str | None = None
     """Where this host is: the word of a watchdog of the same site is enough for its applications."""
 

@@ -67,6 +67,24 @@ def render(config: GroupConfig) -> str:
     return "\n".join(section for section in sections if section)
 
 
+_NOWHERE = Path("/dev/null/hagroup.toml")
+"""Nothing can be below its folder, so no path is written as a relative one."""
+
+
+def portable(config: GroupConfig) -> str:
+    """``config`` as text for other hosts: whole paths, and without what is this host's own affair: its site, PIN
+    sources, and whom its watchdog tells."""
+    return render(
+        msgspec.structs.replace(
+            config,
+            path=_NOWHERE,
+            group=msgspec.structs.replace(config.group, site=None),
+            members=tuple(msgspec.structs.replace(member, pin=None) for member in config.members),
+            watchdog=msgspec.structs.replace(config.watchdog, listen=None, hook=None, webhook=None),
+        )
+    )
+
+
 def write_new(config: GroupConfig, *, mode: int = 0o644) -> None:
     """Writes ``config`` to ``config.path``, where nothing may be yet."""
     if os.path.lexists(config.path):

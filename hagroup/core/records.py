@@ -303,8 +303,9 @@ class GroupRecord(msgspec.Struct, frozen=True, kw_only=True):
 OBJECT_MISSING = "object missing"
 OBJECT_REAPPEARED = "object reappeared"
 EVENT_LOG_BROKEN = "event log broken"
+EVENT_LOG_WHOLE = "event log whole again"
 """Kinds of journal events: a member lost an object; a member shows one again that was destroyed; the events are not
-what was sealed."""
+what was sealed; they are again, as a member and all manifests say."""
 
 WATCHDOG = "heartbeat"
 """``Observation.kind`` of what the active watchdog sees."""

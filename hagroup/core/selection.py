@@ -21,6 +21,15 @@ class Candidate(Protocol):
 C = TypeVar("C", bound="Candidate")
 
 
+def rank(here: str | None, there: str | None, priority: int) -> tuple[int, int]:
+    """A member's rank for a process.
+
+    :param here: the process's ``[group] site``; None: not told, and then every member is as near as any other.
+    :param there: the member's ``site``; None: not told.
+    """
+    return int(None not in (here, there) and here != there), priority
+
+
 def choose(candidates: Sequence[C], last: C | None) -> C | None:
     """The member with the fewest outstanding calls, then rank, then least recent; standby only without an active one.
 

@@ -16,7 +16,7 @@ from hagroup.core.attributes import CKA, CKO, unpack_bool, unpack_ulong
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.records import FingerprintKind, ObjectRecord, ObjectState
 from hagroup.core.templates import final_attributes
-from hagroup.engine import proof, replica
+from hagroup.engine import about, proof, replica
 from hagroup.engine.domain import seal, seal_private_data
 from hagroup.engine.domain_keys import scratch_session
 from hagroup.engine.group import GroupEngine
@@ -64,8 +64,9 @@ def adopt(group: GroupEngine, *, only: str | None = None) -> list[Adopted]:
                 continue
             uid, refused = None, None
             try:
-                uid = _take_over(group, member, life, entry).hex()
-                group.journal.event("object adopted", f"label {label!r}, UID {uid}", member=member.name)
+                made = _take_over(group, member, life, entry)
+                uid, data = made.hex(), about.objects({made: label})
+                group.journal.event("object adopted", "it was not the group's", member=member.name, data=data)
             except (Refused, HAError, Ckr) as error:
                 refused = str(error)
             done.append(Adopted(member=member.name, label=label, id=entry.id.hex(), uid=uid, refused=refused))

@@ -17,7 +17,8 @@ from hagroup.core.attributes import CKA, pack_ulong
 from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
 from hagroup.core.records import Locator, ObjectRecord, ObjectState, Tombstone
-from hagroup.engine import replica
+from hagroup.engine import about, replica
+from hagroup.engine.about import label_of
 from hagroup.engine.domain import open_data, reseal, seal_data
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.member import Life
@@ -61,10 +62,6 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str
     """``restored``, ``resurrected``, ``there already``, ``destroyed`` (and so left out) or ``refused``."""
     text: str
-
-
-def label_of(record: ObjectRecord) -> str:
-    return record.attributes.get(CKA.LABEL, b"").decode(errors="replace")
 
 
 # -- creating ----------------------------------------------------------------------------------------------------------
@@ -169,7 +166,8 @@ def restore(
     for record in chosen:
         told(run.one(record))
     if not dry_run:
-        group.journal.event("backup restored", f"{run.made} of {len(chosen)} objects were not there")
+        text = f"{run.made} of {len(chosen)} objects were not there"
+        group.journal.event("backup restored", text, data=about.objects(run.labels))
 
 
 class _Restore:
@@ -179,14 +177,17 @@ class _Restore:
         self._dry_run = dry_run
         self._timeout = group.config.timeouts.generate
         self.made = 0
+        self.labels: dict[bytes, str] = {}
+        """Of what was made; of what was resurrected, under its former UID too."""
         self._strangers: dict[str, dict[Locator, list[InventoryEntry]]] | None = None
 
     def one(self, record: ObjectRecord) -> Restored:
         outcome, text = self._decide(record)
         if not self._dry_run and outcome in ("restored", "resurrected"):
             try:
-                self._make(record, anew=outcome == "resurrected")
+                made = self._make(record, anew=outcome == "resurrected")
                 self.made += 1
+                self.labels |= dict.fromkeys((made.uid, record.uid), label_of(record))
             except (HAError, Ckr) as error:
                 outcome, text = "refused", str(error)
         return Restored(uid=record.uid.hex(), label=label_of(record), outcome=outcome, text=text)
@@ -216,7 +217,7 @@ class _Restore:
                 return other
         return None
 
-    def _make(self, record: ObjectRecord, *, anew: bool) -> None:
+    def _make(self, record: ObjectRecord, *, anew: bool) -> ObjectRecord:
         made = msgspec.structs.replace(record, state=ObjectState.CREATING, intent=None, change=0)
         if anew:
             made = self._under_new_uid(made)
@@ -230,6 +231,7 @@ class _Restore:
             except Ckr as error:
                 if error.rv != CKR.OBJECT_HANDLE_INVALID:
                     raise
+        return made
 
     def _under_new_uid(self, record: ObjectRecord) -> ObjectRecord:
         """CKA_ID on the members is the new UID: so what still has to be destroyed of the old one cannot be this."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import re
-import tarfile
 import time
 from pathlib import Path
 
@@ -69,6 +68,8 @@ def _encoded(document: object) -> bytes:
 
 
 def _archive(files: dict[str, bytes]) -> bytes:
+    import tarfile  # only for this
+
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w:gz") as archive:
         for name, content in files.items():

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from hagroup.config.logging import get_logger
 from hagroup.core.attributes import CKA
@@ -53,6 +52,8 @@ class Changer:
         Returns when every member that was asked has answered or was given up: one that did not does not serve the
         object until it has the change (G3).
         """
+        from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed  # not in every start
+
         waiting = Retrying(
             retry=retry_if_exception_type((Busy, _Overtaken)),
             wait=wait_fixed(0.01),

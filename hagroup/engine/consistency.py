@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import msgspec
 
-from hagroup.core.records import EVENT_LOG_BROKEN, Event, ObjectState, OwedKind
+from hagroup.core.records import EVENT_LOG_BROKEN, EVENT_LOG_WHOLE, Event, ObjectState, OwedKind
 from hagroup.journal.api import Journal
 
 _EVERYTHING = 2**31
@@ -42,9 +43,14 @@ def event_log(journal: Journal) -> list[str]:
     :raises JournalUnavailable: it cannot be read.
     """
     events = journal.events(limit=_EVERYTHING)
-    anew = max((event.number for event in events if event.kind == JOURNAL_REBUILT), default=0)
-    said = [event.text for event in events if event.kind == EVENT_LOG_BROKEN and event.number > anew]
-    return broken_events(events) + said
+    return broken_events(events) + open_findings(events)
+
+
+def open_findings(events: Sequence[Event]) -> list[str]:
+    """What was said to be wrong with the sealed events, and is not over: they were not put back, nor the journal made
+    anew."""
+    over = max((event.number for event in events if event.kind in (JOURNAL_REBUILT, EVENT_LOG_WHOLE)), default=0)
+    return [event.text for event in events if event.kind == EVENT_LOG_BROKEN and event.number > over]
 
 
 def check(journal: Journal) -> Checked:

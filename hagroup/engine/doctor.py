@@ -9,7 +9,6 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -84,6 +83,8 @@ def _bad(subject: str, found: str, remedy: str) -> Check:
 
 
 def _versions() -> Iterator[Check]:
+    from importlib import metadata  # dear, and only for this
+
     found = [f"Python {platform.python_version()}", f"SQLite {sqlite3.sqlite_version}"]
     for package in _PACKAGES:
         try:

@@ -16,11 +16,10 @@ from hagroup.config.pins import Pin
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.ckr import CKR
 from hagroup.core.records import Fingerprint, Locator, MemberRecord, Membership, ObjectRecord, ObjectState, Role
-from hagroup.engine import proof
+from hagroup.engine import configuration, manifest, proof
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.login import log_in
-from hagroup.engine.manifest import LABEL as MANIFEST_LABEL
 from hagroup.engine.member import Life, Member
 from hagroup.engine.membership import NOT_CHANGED, listed, only_there, others_serve
 from hagroup.engine.roster import CONNECTION_LOST, open_life
@@ -55,7 +54,8 @@ def remove(group: GroupEngine, name: str, pin: tuple[Pin, str, str] | None, *, k
     """Out of the group for good.
 
     :param pin: user PIN, its source and stamp; None: none at hand, so its token is left as it is.
-    :param keep: leave keys and objects on its token (for a second group, or as an archive); its manifest goes.
+    :param keep: leave keys and objects on its token (for a second group, or as an archive); its manifest and
+        configuration go.
     :param lose: also where objects are on no other member.
     """
     record = listed(group, name)
@@ -73,6 +73,7 @@ def remove(group: GroupEngine, name: str, pin: tuple[Pin, str, str] | None, *, k
     if any(member.name == name for member in load(group.config.path).members):
         write.remove_member(group.config.path, name)
     group.follow()
+    group.supervisor.keeper.keep()
     return left
 
 
@@ -171,8 +172,8 @@ def _destroy_all(journal: Journal, name: str, life: Life, *, keep: bool, timeout
     strangers = [entry for entry in entries if not entry.own and not entry.ghost]
     own = sorted((entry for entry in entries if entry.own), key=_order)
     if keep:
-        manifests = [entry for entry in own if entry.label.startswith(MANIFEST_LABEL)]
-        _destroy(life.connection, manifests, timeout=timeout)
+        shown = [entry for entry in own if entry.label.startswith((manifest.LABEL, configuration.LABEL))]
+        _destroy(life.connection, shown, timeout=timeout)
         return Left(0, len(strangers), None)
     ours = _objects_of_the_group(journal, name, life.connection, strangers, timeout=timeout)
     _destroy(life.connection, ours, timeout=timeout)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable
 
 import msgspec
-from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from hagroup.config.logging import get_logger
 from hagroup.config.model import MemberConfig
@@ -185,13 +184,16 @@ def _announce(journal: Journal, member: Member, source: str, stamp: str, *, clea
     def somebody_is_trying(record: LoginRecord | None) -> bool:
         return record is not None and record.state is LoginState.TRYING and journal.owner_alive(record.owner)
 
-    waiting = Retrying(
-        retry=retry_if_result(somebody_is_trying), wait=wait_fixed(0.01), stop=stop_after_delay(timeout), reraise=False
-    )
-    try:
-        refusal = waiting(attempt)
-    except RetryError as error:
-        raise _held(member, "another process is logging in there and does not come to an end") from error
+    refusal = attempt()
+    if somebody_is_trying(refusal):
+        # Loaded where it is needed, which is seldom: it would be a twentieth of every program's start.
+        from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
+
+        patience, pause = stop_after_delay(timeout), wait_fixed(0.01)
+        try:
+            refusal = Retrying(retry=retry_if_result(somebody_is_trying), wait=pause, stop=patience)(attempt)
+        except RetryError as error:
+            raise _held(member, "another process is logging in there and does not come to an end") from error
     if refusal is not None:
         where = "" if refusal.member == member.name else f" by {refusal.member}"
         raise _held(

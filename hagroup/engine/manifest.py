@@ -9,25 +9,14 @@ from __future__ import annotations
 import msgspec
 
 from hagroup.config.logging import get_logger
-from hagroup.core.attributes import CKA, CKO, pack_bool, pack_ulong
-from hagroup.core.calls import Ckr, Handle, Template
-from hagroup.core.ckr import CKR
 from hagroup.core.records import GroupRecord, MemberRecord, Membership
-from hagroup.engine.domain import DomainKeys, IntegrityAlarm, open_data, seal_data
+from hagroup.engine.kept import Kept
 from hagroup.engine.member import Life, Member
-from hagroup.engine.token_contents import find_all
 from hagroup.engine.view import View
 from hagroup.errors import JournalMismatch
 from hagroup.journal.api import Journal
-from hagroup.members.api import Connection
 
 log = get_logger(__name__)
-
-APPLICATION = b"hagroup"
-LABEL = b"hagroup:manifest:"
-PURPOSE = b"manifest"
-_SEARCH: Template = [(CKA.CLASS, pack_ulong(CKO.DATA)), (CKA.APPLICATION, APPLICATION)]
-_ATTEMPTS = 5
 
 
 class OtherGroup(Exception):
@@ -51,106 +40,23 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Number of the last event that the event log's seal covered; 0: none (or written by an earlier hagroup)."""
     head: bytes = b""
     """Of its hash chain, there."""
+    revision: int = 0
+    """Of the membership that ``members`` shows; 0: written by an earlier hagroup."""
 
     @property
     def order(self) -> tuple[str, int, int, int]:
-        """Later ones compare greater; so do their labels."""
+        """Later ones compare greater."""
         return self.epoch, self.high, self.low, self.sealed
 
-
-def _template(manifest: Manifest, sealed: bytes) -> Template:
-    order = f"{manifest.epoch}:{manifest.high:016x}:{manifest.low:016x}:{manifest.sealed:016x}"
-    return [
-        (CKA.CLASS, pack_ulong(CKO.DATA)),
-        (CKA.TOKEN, pack_bool(True)),
-        (CKA.PRIVATE, pack_bool(True)),
-        (CKA.APPLICATION, APPLICATION),
-        (CKA.LABEL, LABEL + order.encode()),
-        (CKA.VALUE, sealed),
-    ]
+    @property
+    def mark(self) -> str:
+        """The same, as text."""
+        return f"{self.epoch}:{self.high:016x}:{self.low:016x}:{self.sealed:016x}"
 
 
-def _stored(connection: Connection, *, timeout: float) -> list[tuple[bytes, Handle]]:
-    """(label, handle) of the manifests on the token, newest first; objects that cannot be read are passed over."""
-    found = []
-    for handle in find_all(connection, _SEARCH, timeout=timeout):
-        try:
-            values, _ = connection.get(handle, [CKA.LABEL], timeout=timeout)
-        except Ckr as error:
-            if error.rv != CKR.OBJECT_HANDLE_INVALID:
-                raise
-            continue
-        label = values.get(CKA.LABEL, b"")
-        if label.startswith(LABEL):
-            found.append((label, handle))
-    return sorted(found, reverse=True)
-
-
-def read(connection: Connection, keys: DomainKeys, *, timeout: float) -> Manifest | None:
-    """The highest authentic manifest on the token; None: there is none.
-
-    Another process may put a newer one in the place of the one that was just found: so "none" is said only where
-    nothing changed while it was looked for.
-    """
-    for _ in range(_ATTEMPTS):
-        before = find_all(connection, _SEARCH, timeout=timeout)
-        best = _read_once(connection, keys, timeout=timeout)
-        if best is not None or sorted(before) == sorted(find_all(connection, _SEARCH, timeout=timeout)):
-            return best
-    raise Ckr(CKR.OBJECT_HANDLE_INVALID, "C_FindObjects")
-
-
-def _read_once(connection: Connection, keys: DomainKeys, *, timeout: float) -> Manifest | None:
-    best: Manifest | None = None
-    for _, handle in _stored(connection, timeout=timeout):
-        try:
-            values, _ = connection.get(handle, [CKA.VALUE], timeout=timeout)
-            data = open_data(connection, keys, PURPOSE, values.get(CKA.VALUE, b""), timeout=timeout)
-            found = msgspec.msgpack.decode(data, type=Manifest)
-        except Ckr as error:
-            if error.rv != CKR.OBJECT_HANDLE_INVALID:
-                raise
-            continue
-        except (IntegrityAlarm, msgspec.DecodeError):
-            continue
-        if best is None or found.order > best.order:
-            best = found
-    return best
-
-
-def write(connection: Connection, keys: DomainKeys, manifest: Manifest, *, timeout: float) -> None:
-    """Put the new one there, then destroy lower ones: at every instant one can be read."""
-    sealed = seal_data(connection, keys, PURPOSE, msgspec.msgpack.encode(manifest), timeout=timeout)
-    template = _template(manifest, sealed)
-    connection.create(template, timeout=timeout)
-    mine = bytes(dict(template)[CKA.LABEL])
-    stored = _stored(connection, timeout=timeout)
-    kept = False
-    for label, handle in stored:
-        if label > mine or (label == mine and not kept):
-            kept = kept or label == mine
-            continue
-        try:
-            connection.destroy(handle, timeout=timeout)
-        except Ckr as error:
-            if error.rv != CKR.OBJECT_HANDLE_INVALID:  # another process tidied up first
-                raise
-
-
-def reseal(connection: Connection, keys: DomainKeys, *, timeout: float) -> None:
-    """The domain's keys were replaced: the newest one is written once more, and those before it go."""
-    stored = _stored(connection, timeout=timeout)
-    newest = read(connection, keys, timeout=timeout)
-    if newest is None:
-        return
-    sealed = seal_data(connection, keys, PURPOSE, msgspec.msgpack.encode(newest), timeout=timeout)
-    connection.create(_template(newest, sealed), timeout=timeout)
-    for _, handle in stored:
-        try:
-            connection.destroy(handle, timeout=timeout)
-        except Ckr as error:
-            if error.rv != CKR.OBJECT_HANDLE_INVALID:
-                raise
+KEPT = Kept("manifest", Manifest)
+read, write, reseal = KEPT.read, KEPT.write, KEPT.reseal
+LABEL = KEPT.label
 
 
 def compose(group: GroupRecord, members: dict[str, MemberRecord], *, low: int, high: int) -> Manifest:
@@ -163,6 +69,7 @@ def compose(group: GroupRecord, members: dict[str, MemberRecord], *, low: int, h
         high=high,
         sealed=0 if group.seal is None else group.seal.number,
         head=b"" if group.seal is None else group.seal.head,
+        revision=group.membership_revision,
     )
 
 

@@ -23,6 +23,7 @@ class Life:
 
     __slots__ = (
         "began",
+        "configuration",
         "connection",
         "handles",
         "keys",
@@ -35,6 +36,7 @@ class Life:
         "manifest_sealed",
         "mechanisms",
         "proved_since_low",
+        "resynced",
         "started",
         "token",
         "worker",
@@ -72,6 +74,10 @@ class Life:
         self.manifest_sealed = 0
         """Number of the last sealed event that the token's manifest knows of."""
         self.manifest_head = b""
+        self.configuration: object = None
+        """What was last seen to be shown by the token's configuration, or could not be put there."""
+        self.resynced = False
+        """A resync in this life came to its end, whatever that was."""
         self.proved_since_low = False
         """What moved since was looked for in this life."""
 
@@ -135,6 +141,12 @@ class Member:
     def serving(self) -> bool:
         """May get calls now."""
         return self.state is State.IN_SERVICE and self.admitted and self.life is not None
+
+    @property
+    def about_to_be_resynced(self) -> bool:
+        """It was just logged in to, and has to be brought up to date before it serves."""
+        life = self.life
+        return self.state is State.RESYNCING and life is not None and life.keys is not None and not life.resynced
 
     def happened(self, event: Event) -> bool:
         """Apply ``event``; True when the state changed by it."""

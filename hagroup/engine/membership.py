@@ -328,6 +328,7 @@ def bring_in(group: GroupEngine, name: str, *, timeout: float = JOIN_TIMEOUT) ->
         if record is None:
             raise ConfigurationError(f'member "{name}" was removed meanwhile')
         if record.membership is Membership.ADMITTED:
+            group.supervisor.keeper.keep()
             return
         if record.membership is Membership.QUARANTINED:
             raise MemberQuarantined(f'member "{name}" is quarantined: {record.reason}')

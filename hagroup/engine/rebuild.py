@@ -6,14 +6,18 @@ through a full inventory before it serves.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import itertools
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig, JournalSection, MemberConfig, SqliteUrl
 from hagroup.config.pins import Pin
-from hagroup.core.attributes import CKA, CKO
+from hagroup.core.attributes import CKO
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.clock import Clock
 from hagroup.core.rebuilding import Evidence, Former, Found, conclude
@@ -27,8 +31,10 @@ from hagroup.core.records import (
     ObjectState,
     Tombstone,
 )
-from hagroup.engine import manifest, transport
+from hagroup.engine import configuration, manifest, transport
+from hagroup.engine.about import label_of
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
+from hagroup.engine.configuration import Configuration
 from hagroup.engine.consistency import JOURNAL_REBUILT
 from hagroup.engine.domain_keys import DomainKeys
 from hagroup.engine.login import CKU_USER, PIN_ERRORS
@@ -39,11 +45,11 @@ from hagroup.engine.setup import default_extractable, held_keys
 from hagroup.engine.stored_records import stored_records
 from hagroup.engine.token_contents import inventory
 from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable, HAError
-from hagroup.journal import EtcdJournal, create_journal, open_for_moving
+from hagroup.journal import EtcdJournal, SqliteJournal
 from hagroup.journal.api import Contents, Journal
 from hagroup.journal.epoch import new_epoch
 from hagroup.journal.mirror import Mirror
-from hagroup.journal.sqlite import set_aside
+from hagroup.journal.sqlite import fold, set_aside
 from hagroup.members import ModuleProblem
 
 log = get_logger(__name__)
@@ -74,10 +80,13 @@ class Rebuilt(msgspec.Struct, frozen=True, kw_only=True):
     """Where the journal that was there is now."""
 
 
-class _Reached(msgspec.Struct, frozen=True, kw_only=True):
+class Reached(msgspec.Struct, frozen=True, kw_only=True):
+    """A member that was logged in to, and knows a group."""
+
     life: Life
     keys: DomainKeys
     manifest: Manifest
+    configuration: Configuration | None
     records: list[ObjectRecord]
 
 
@@ -101,29 +110,34 @@ def rebuild(
     keep: Collection[bytes],
     clock: Clock,
 ) -> Rebuilt:
-    """Make the journal. One that is there is moved aside, as the last step but one; interrupted, nothing is lost.
+    """Make the journal. One that is there is kept under another name: what it knows can be read until the new one takes
+    its place, so that after an interruption the same call comes to the same.
 
     :param keep: UIDs of doubtful objects that are taken over all the same.
     :raises GroupUnavailable: no member that knows the group answered.
     :raises ConfigurationError, DomainMismatch: they are another group's, or a PIN was refused; nothing was changed.
     """
-    reached: dict[str, _Reached] = {}
+    reached: dict[str, Reached] = {}
     away: dict[str, str] = {}
     timeout = config.timeouts.generate
     try:
         for member in config.members:  # one after the other: a wrong PIN must not be tried on a second member
-            one = _reach(member, pins[member.name], timeout=timeout)
+            one = reach(member, pins[member.name], timeout=timeout)
             if isinstance(one, str):
                 away[member.name] = one
             else:
                 reached[member.name] = one
-        return _rebuild(config, reached, away, former, keep, clock)
+        return rebuild_from(config, reached, away, former=former, keep=keep, clock=clock)
     finally:
         for one in reached.values():
             one.life.connection.close()
 
 
-def _reach(member: MemberConfig, pin: Pin, *, timeout: float) -> _Reached | str:
+def reach(member: MemberConfig, pin: Pin, *, timeout: float) -> Reached | str:
+    """What a member knows of its group; why it tells nothing.
+
+    :raises ConfigurationError: it refused the PIN (one attempt).
+    """
     life: Life | None = None
     done = False
     try:
@@ -136,9 +150,10 @@ def _reach(member: MemberConfig, pin: Pin, *, timeout: float) -> _Reached | str:
         shown = manifest.read(life.connection, keys, timeout=timeout)
         if shown is None:
             return "it has no manifest of a group"
+        text = configuration.read(life.connection, keys, timeout=timeout)
         records = list(stored_records(life.connection, keys, timeout=timeout))
         done = True
-        return _Reached(life=life, keys=keys, manifest=shown, records=records)
+        return Reached(life=life, keys=keys, manifest=shown, configuration=text, records=records)
     except Ckr as error:
         if error.rv in PIN_ERRORS:
             raise ConfigurationError(
@@ -153,14 +168,16 @@ def _reach(member: MemberConfig, pin: Pin, *, timeout: float) -> _Reached | str:
             life.connection.close()
 
 
-def _rebuild(
+def rebuild_from(
     config: GroupConfig,
-    reached: dict[str, _Reached],
+    reached: dict[str, Reached],
     away: dict[str, str],
+    *,
     former: tuple[Former, list[Event], str] | None,
     keep: Collection[bytes],
     clock: Clock,
 ) -> Rebuilt:
+    """:func:`rebuild`, from members that were reached."""
     newest = _newest(config, reached, away)
     _same_domain(config, reached)
     mirrored, destroyed = ([], []) if config.journal.mirror is None else Mirror(config.journal.mirror).read()
@@ -181,26 +198,13 @@ def _rebuild(
         tombstones=stones,
         events=[*(msgspec.structs.replace(one, number=0) for one in events), _event(config, found, clock)],
     )
-    not_replicable = _not_replicable(reached, found, timeout=config.timeouts.generate)
+    not_replicable = _not_replicable(reached, found, stones, timeout=config.timeouts.generate)
     first, one = next((name, one) for name, one in reached.items() if name in newest.members)
     reference = reference_envelope(one.life.connection, one.keys, timeout=config.timeouts.generate)
     members = _members(config, reached, newest, clock)
-    aside, contents = _set_aside(config.journal, contents, clock)
-    create_journal(
-        config.journal,
-        label=newest.label,
-        serial=newest.group,
-        members=members,
-        domain_key_id=one.keys.domain_key_id,
-        partition_key_id=one.keys.partition_key_id,
-        reference=reference,
-        contents=contents,
-        command=_COMMAND,
-        clock=clock,
+    aside = _make(
+        config.journal, newest, one.keys, members, reference, contents, readable=former is not None, clock=clock
     )
-    made = open_for_moving(config.journal, clock=clock)
-    made.open_up()
-    made.close()
     log.info("journal.rebuilt", objects=len(found.records), by=first)
     return Rebuilt(
         group=newest.group,
@@ -208,26 +212,71 @@ def _rebuild(
         tombstones=len(stones),
         members={name: f"{len(one.records)} records" for name, one in reached.items()},
         away=away,
-        doubtful=[{"uid": record.uid.hex(), "label": _label(record), "why": why} for record, why in found.doubtful],
+        doubtful=[{"uid": record.uid.hex(), "label": label_of(record), "why": why} for record, why in found.doubtful],
         not_replicable=not_replicable,
         unknown=_unknown(newest, reached, former is not None or config.journal.mirror is not None),
         aside=aside,
     )
 
 
-def _set_aside(section: JournalSection, contents: Contents, clock: Clock) -> tuple[str | None, Contents]:
-    """What is there makes way, and is kept: where, and what its place is taken by."""
+def _make(
+    section: JournalSection,
+    newest: Manifest,
+    keys: DomainKeys,
+    members: Sequence[MemberRecord],
+    reference: bytes,
+    contents: Contents,
+    *,
+    readable: bool,
+    clock: Clock,
+) -> str | None:
+    """What is there makes way, and is kept: where."""
+    make: dict[str, Any] = {
+        "label": newest.label,
+        "serial": newest.group,
+        "members": members,
+        "domain_key_id": keys.domain_key_id,
+        "partition_key_id": keys.partition_key_id,
+        "reference": reference,
+        "clock": clock,
+    }
     if isinstance(section.url, SqliteUrl):
         path = section.url.path
-        if not path.exists() and not path.with_name(f"{path.name}-wal").exists():
-            return None, contents
-        return str(set_aside(path, f"replaced-{int(clock.wall())}")), contents
-    epoch = new_epoch(contents.epoch_before)
-    aside, epoch = EtcdJournal.set_aside(section, _COMMAND, epoch) or (None, epoch)
-    return aside, msgspec.structs.replace(contents, epoch=epoch)
+        aside = _aside(path, clock)
+        foldable = readable and aside is not None and fold(path)
+        if aside is not None and not foldable:
+            set_aside(path, aside)
+        SqliteJournal.create(path, aside=aside if foldable else None, contents=contents, **make)
+        return None if aside is None else str(aside)
+    there, epoch = EtcdJournal.set_aside(section, _COMMAND, new_epoch(contents.epoch_before)) or (None, None)
+    contents = msgspec.structs.replace(contents, epoch=epoch or new_epoch(contents.epoch_before))
+    EtcdJournal.create(section, contents=contents, command=_COMMAND, **make)
+    made = EtcdJournal.open(section, clock=clock, for_moving=True)
+    made.open_up()
+    made.close()
+    return there
 
 
-def _newest(config: GroupConfig, reached: Mapping[str, _Reached], away: Mapping[str, str]) -> Manifest:
+def _aside(path: Path, clock: Clock) -> Path | None:
+    """Where the journal that is there goes; None: there is none."""
+    if not path.exists() and not Path(f"{path}-wal").exists():
+        return None
+    first = f"{path}.replaced-{int(clock.wall())}"
+    names = itertools.chain([first], (f"{first}.{number}" for number in itertools.count(2)))
+    return next(Path(name) for name in names if not os.path.lexists(name))
+
+
+def newest_of(reached: Iterable[Reached]) -> Manifest:
+    """The highest manifest, with the newest membership that any of them or of the configurations shows."""
+    found = list(reached)
+    newest = max((one.manifest for one in found), key=lambda shown: shown.order)
+    shown: list[Manifest | Configuration] = [one.manifest for one in found]
+    shown += [one.configuration for one in found if one.configuration is not None]
+    members = max(shown, key=lambda one: (one.group == newest.group, one.epoch, one.revision, one is newest)).members
+    return msgspec.structs.replace(newest, members=members)
+
+
+def _newest(config: GroupConfig, reached: Mapping[str, Reached], away: Mapping[str, str]) -> Manifest:
     if not reached:
         why = "; ".join(f"{name}: {reason}" for name, reason in away.items())
         raise GroupUnavailable(f"no member that knows the group answered ({why}); nothing was changed")
@@ -237,7 +286,7 @@ def _newest(config: GroupConfig, reached: Mapping[str, _Reached], away: Mapping[
                 f'member "{name}" belongs to group {one.manifest.label} ({one.manifest.group}), and {config.path} is '
                 f"of group {config.group.label} ({config.group.serial}); nothing was changed"
             )
-    newest = max((one.manifest for one in reached.values()), key=lambda found: found.order)
+    newest = newest_of(reached.values())
     configured = {member.name for member in config.members}
     for name, serial in newest.members.items():
         if name not in configured:
@@ -255,7 +304,7 @@ def _newest(config: GroupConfig, reached: Mapping[str, _Reached], away: Mapping[
     return newest
 
 
-def _same_domain(config: GroupConfig, reached: Mapping[str, _Reached]) -> None:
+def _same_domain(config: GroupConfig, reached: Mapping[str, Reached]) -> None:
     """:raises DomainMismatch: the members do not share both secrets."""
     wraps = {member.name: member.wrap_mechanism for member in config.members}
     sides = [
@@ -269,7 +318,7 @@ def _same_domain(config: GroupConfig, reached: Mapping[str, _Reached]) -> None:
             raise DomainMismatch(f"{error}; nothing was changed") from error
 
 
-def _evidence(one: _Reached) -> Evidence:
+def _evidence(one: Reached) -> Evidence:
     return Evidence(epoch=one.manifest.epoch, seen=max(one.manifest.high, one.manifest.low), records=one.records)
 
 
@@ -284,13 +333,7 @@ def _event(config: GroupConfig, found: Found, clock: Clock) -> Event:
     return Event(number=0, time=clock.wall(), kind=JOURNAL_REBUILT, member=None, text=text, data={})
 
 
-def _label(record: ObjectRecord) -> str:
-    return record.attributes.get(CKA.LABEL, b"").decode(errors="replace")
-
-
-def _members(
-    config: GroupConfig, reached: Mapping[str, _Reached], newest: Manifest, clock: Clock
-) -> list[MemberRecord]:
+def _members(config: GroupConfig, reached: Mapping[str, Reached], newest: Manifest, clock: Clock) -> list[MemberRecord]:
     timeout = config.timeouts.generate
     records = []
     for member in config.members:
@@ -314,14 +357,17 @@ def _members(
     return records
 
 
-def _not_replicable(reached: Mapping[str, _Reached], found: Found, *, timeout: float) -> list[str]:
-    """Keys that no envelope is known of, and objects on the tokens that no record tells of."""
+def _not_replicable(
+    reached: Mapping[str, Reached], found: Found, stones: Iterable[Tombstone], *, timeout: float
+) -> list[str]:
+    """Keys that no envelope is known of, and objects on the tokens that neither a record nor a tombstone tells of."""
     told = [
-        f"key {_label(record)!r} ({record.uid.hex()}): its record has no envelope"
+        f"key {label_of(record)!r} ({record.uid.hex()}): its record has no envelope"
         for record in found.records
         if record.envelope is None and record.object_class in _KEYS
     ]
     known = {record.locator for record in [*found.records, *(record for record, _ in found.doubtful)]}
+    known.update(locator for stone in stones for locator in stone.locators)
     for name, one in reached.items():
         for entry in inventory(one.life.connection, timeout=timeout):
             if not (entry.own or entry.ghost or entry.locator in known):
@@ -330,7 +376,7 @@ def _not_replicable(reached: Mapping[str, _Reached], found: Found, *, timeout: f
     return told
 
 
-def _unknown(newest: Manifest, reached: Mapping[str, _Reached], more: bool) -> list[str]:
+def _unknown(newest: Manifest, reached: Mapping[str, Reached], more: bool) -> list[str]:
     told = [
         f"what only {name} holds is not known, nor what was destroyed while it was away"
         for name in newest.members

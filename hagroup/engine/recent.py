@@ -8,7 +8,7 @@ that moved since the ``low`` of the token's own manifest is looked for; then the
 from __future__ import annotations
 
 from hagroup.core.records import OBJECT_MISSING, OBJECT_REAPPEARED, OwedKind
-from hagroup.engine import manifest, replica
+from hagroup.engine import about, manifest, replica
 from hagroup.engine.member import Life, Member
 from hagroup.engine.view import View
 from hagroup.journal.api import Journal
@@ -56,12 +56,14 @@ def missing_of(
 
 def report(journal: Journal, name: str, rows: list[tuple[str, bytes, OwedKind]]) -> None:
     """Tell what is about to be repaired: the watchdog hands it on to people."""
-    back = sum(kind is OwedKind.DESTROY for _, _, kind in rows)
-    if lost := len(rows) - back:
-        journal.event(OBJECT_MISSING, f"objects that it lost: {lost}; they are made anew there", member=name)
+    back = [uid for _, uid, kind in rows if kind is OwedKind.DESTROY]
+    lost = [uid for _, uid, kind in rows if kind is not OwedKind.DESTROY]
+    if lost:
+        text = f"objects that it lost: {len(lost)}; they are made anew there"
+        journal.event(OBJECT_MISSING, text, member=name, data=about.known(journal, lost))
     if back:
-        text = f"objects that were destroyed and are there again: {back}; they are destroyed once more"
-        journal.event(OBJECT_REAPPEARED, text, member=name)
+        text = f"objects that were destroyed and are there again: {len(back)}; they are destroyed once more"
+        journal.event(OBJECT_REAPPEARED, text, member=name, data=about.known(journal, back))
 
 
 def raise_low(view: View, member: Member, life: Life, low: int, *, timeout: float) -> None:

@@ -14,7 +14,7 @@ from hagroup.core.attributes import CKA, CKO, pack_bool, pack_ulong
 from hagroup.core.calls import Ckr, Handle, Template
 from hagroup.core.ckr import CKR
 from hagroup.core.records import ObjectState
-from hagroup.engine import manifest, transport
+from hagroup.engine import configuration, manifest, transport
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL
 from hagroup.engine.holding import current
 from hagroup.engine.member import Life, Member
@@ -53,6 +53,7 @@ def renew(journal: Journal, view: View, member: Member, life: Life, *, timeout: 
         _records(journal, life, timeout=timeout)
         with member.manifest_lock:
             manifest.reseal(life.connection, keys, timeout=timeout)
+            configuration.reseal(life.connection, keys, timeout=timeout)
         pair = transport.own_public(life.connection, keys, life.token.serial, timeout=timeout)
         journal.set_member_facts(member.name, transport=pair)
         for handle in outdated:

@@ -13,6 +13,7 @@ from hagroup.config.logging import get_logger
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.clock import Clock
 from hagroup.core.records import (
+    GroupRecord,
     Lease,
     Locator,
     Membership,
@@ -41,7 +42,7 @@ BATCH = 16
 _RETRY_FIRST, _RETRY_MOST = 1.0, 60.0
 _ANOTHERS = 1.0
 """Seconds until rows that others work on are looked at again: an owner's death moves no view number."""
-_ROUNDS = 5
+_ROUNDS = 10
 
 
 class Resync:
@@ -141,35 +142,44 @@ class Resync:
         if record.membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
             self._haunted.add(member.name)
             cleared.sweep(self._journal, self._view, member, life, timeout=self._timeout)
-            self.inventory(member, life)
-        elif not life.proved_since_low:
-            self._prove_since_low(member, life)
+            if not self.inventory(member, life):
+                return False
+        elif not life.proved_since_low and not self._prove_since_low(member, life):
+            return False
         life.proved_since_low = True
         for _ in range(_ROUNDS):
             barrier = self._journal.barrier()
             lease = self._backlog(member, life, lease)
             self._view.refresh()
+            group = self._view.group
             record = self._view.members[member.name]
             if record.membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
-                if looked_at != (record.membership, record.since, self._view.group.epoch):
+                if looked_at != (record.membership, record.since, group.epoch):
                     return False  # it was put out of sync meanwhile (the group was cleared): first the inventory
-                if self._admit(member, life, barrier, lease):
+                if self._admit(member, life, barrier, lease, group):
                     return True
             elif not self.due(member):
                 self._raise_low(member, life, barrier)
                 return True
         return False
 
-    def _admit(self, member: Member, life: Life, barrier: int, lease: Lease) -> bool:
+    def _admit(self, member: Member, life: Life, barrier: int, lease: Lease, group: GroupRecord) -> bool:
+        """:param group: as it was when it was seen that nothing more has to be looked at on the token."""
         record = self._view.members[member.name]
         assert life.keys is not None
         # What is owed from before the barrier is known only after admit: ``low`` follows, lazily.
-        shown = manifest.compose(
-            self._view.group, self._view.members, low=record.low, high=max(life.manifest_high, record.announced)
-        )
+        high = max(life.manifest_high, record.announced)
+        shown = manifest.compose(group, self._view.members, low=record.low, high=high)
         manifest.write(life.connection, life.keys, shown, timeout=self._timeout)
         life.manifest_high, life.manifest_epoch = shown.high, shown.epoch
-        keeps_out = self._journal.admit(member.name, barrier=barrier, low=barrier, lease=lease)
+        revision = group.membership_revision
+        try:
+            keeps_out = self._journal.admit(
+                member.name, barrier=barrier, low=barrier, lease=lease, membership_revision=revision
+            )
+        except StaleMembership:  # another member was admitted, or this one is to be looked at once more
+            self._view.refresh(always=True)
+            return False
         if keeps_out:
             log.info("member.not-admitted", member=member.name, owed=len(keeps_out))
             return False
@@ -315,19 +325,25 @@ class Resync:
                 over.append(attempt.number)
         return over
 
-    def _prove_since_low(self, member: Member, life: Life) -> None:
+    def _prove_since_low(self, member: Member, life: Life) -> bool:
+        """False: the token went away meanwhile."""
         uids = recent.moved_since_low(self._journal, self._view, life)
         if uids is None:
-            self.inventory(member, life)
-            return
+            return self.inventory(member, life)
         rows = recent.missing_of(self._journal, member, life, uids, timeout=self._timeout)
-        if rows and self._roster.is_still_whole(member, life) and self.we_are_current(member):
+        if rows and not self._roster.is_still_whole(member, life):
+            return False
+        if rows and self.we_are_current(member):
             recent.report(self._journal, member.name, rows)
             self._journal.owe(rows, reason=None)
+        return True
 
     # -- inventory -----------------------------------------------------------------------------------------
-    def inventory(self, member: Member, life: Life) -> None:
-        """Compare everything on a token with the journal, and owe what differs. Nothing on the token is changed."""
+    def inventory(self, member: Member, life: Life) -> bool:
+        """Compare everything on a token with the journal, and owe what differs. Nothing on the token is changed.
+
+        False: the token went away meanwhile, and nothing is concluded from what it did not show.
+        """
         assert life.keys is not None
         entries = replica.inventory(life.connection, timeout=self._timeout)
         by_locator: dict[Locator, list[int]] = {}
@@ -357,12 +373,15 @@ class Resync:
                 life, tombstone, strangers
             ):
                 rows.append((member.name, tombstone.uid, OwedKind.DESTROY))
+        if rows and not self._roster.is_still_whole(member, life):
+            return False
         back = [row for row in rows if row[2] is OwedKind.DESTROY]
         if back:
             recent.report(self._journal, member.name, back)
         for start in range(0, len(rows), 500):
             self._journal.owe(rows[start : start + 500], reason=None)
         log.info("member.inventory", member=member.name, objects=len(entries), owed=len(rows))
+        return True
 
     def _was_called_otherwise(self, life: Life, tombstone: Tombstone, strangers: Sequence[InventoryEntry]) -> bool:
         """A restored token may hold an object that was destroyed since, under a label or id that it had before."""

@@ -19,7 +19,7 @@ from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone, StaleGeneration,
 from hagroup.core.ckr import CKR
 from hagroup.core.clock import Clock
 from hagroup.core.records import MemberRecord, Membership, Observation, Role
-from hagroup.core.selection import choose
+from hagroup.core.selection import choose, rank
 from hagroup.core.states import Event, State
 from hagroup.engine import holding, manifest
 from hagroup.engine.domain_keys import DomainKeys
@@ -158,7 +158,9 @@ class Roster:
                     continue
                 member = self.members.get(name)
                 if member is None:
-                    member = Member(configured[name], rank=(0, configured[name].priority), standby=False)
+                    config = configured[name]
+                    near_first = rank(self.site, config.site, config.priority)
+                    member = Member(config, rank=near_first, standby=False)
                 members[name] = member
                 self._apply(member, record)
             gone = [member for name, member in self.members.items() if name not in members]
@@ -268,6 +270,7 @@ class Roster:
         return any(
             (member.busy and not member.serving)
             or member.learning
+            or member.about_to_be_resynced
             or member.state is State.SUSPECT
             or (member.state in (State.JOINING, State.FAILED) and member.next_attempt <= soon)
             for member in ([only] if only is not None else self.members.values())

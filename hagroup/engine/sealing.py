@@ -16,8 +16,9 @@ import msgspec
 from hagroup.config.logging import get_logger
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.clock import Clock
-from hagroup.core.records import EVENT_LOG_BROKEN, Event, Seal
+from hagroup.core.records import EVENT_LOG_BROKEN, EVENT_LOG_WHOLE, Event, Seal
 from hagroup.engine import manifest
+from hagroup.engine.consistency import open_findings
 from hagroup.engine.domain_keys import DomainKeys, IntegrityAlarm, open_data, seal_data
 from hagroup.engine.member import Life
 from hagroup.engine.roster import CONNECTION_LOST, Roster
@@ -178,13 +179,16 @@ class Sealer:
         if why:
             self._tell(why, events)
             return None
+        if open_findings(events):
+            self._journal.event(EVENT_LOG_WHOLE, f"all is as it was sealed, up to event {covered}")
+            events = self._journal.events(limit=_EVERYTHING)
         number, head = events[-1].number, heads(group.serial, events)[events[-1].number]
         mac = seal_data(life.connection, keys, _PURPOSE, _content(number, head), timeout=self._timeout)
         return Seal(number=number, head=head, mac=mac)
 
     def _tell(self, why: str, events: Sequence[Event]) -> None:
         """Once, not each time that somebody looks."""
-        if not any(event.kind == EVENT_LOG_BROKEN and event.text == why for event in events):
+        if why not in open_findings(events):
             log.error("journal.event-log-broken", reason=why)
             self._journal.event(EVENT_LOG_BROKEN, why)
 

@@ -9,6 +9,8 @@ import secrets
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
+
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig, MemberConfig, SqliteUrl
 from hagroup.config.pins import Pin
@@ -16,8 +18,8 @@ from hagroup.config.write import set_group_serial
 from hagroup.core.attributes import CKA, CKM, CKO, pack_bool, pack_ulong, unpack_bool
 from hagroup.core.calls import Ckr, DeadlinePassed, Template
 from hagroup.core.clock import Clock
-from hagroup.core.records import MemberRecord, Membership
-from hagroup.engine import manifest, transport
+from hagroup.core.records import GroupRecord, MemberRecord, Membership
+from hagroup.engine import configuration, manifest, transport
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
 from hagroup.engine.joining import drop, generate_domain, join_domain
@@ -205,9 +207,13 @@ def _take_back(lives: Mapping[str, Life], made: Mapping[str, DomainKeys], *, tim
         connection = lives[name].connection
         try:
             entries = inventory(connection, timeout=timeout)
-            manifests = [entry.handle for entry in entries if entry.own and entry.label.startswith(manifest.LABEL)]
+            shown = [
+                entry.handle
+                for entry in entries
+                if entry.own and entry.label.startswith((manifest.LABEL, configuration.LABEL))
+            ]
             pairs = transport.own(connection, timeout=timeout)
-            drop(connection, [*manifests, *pairs, keys.domain, keys.partition], timeout=timeout)
+            drop(connection, [*shown, *pairs, keys.domain, keys.partition], timeout=timeout)
         except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
             log.warning("member.left-unfinished", member=name, reason=str(error))
 
@@ -302,6 +308,7 @@ def _record(
             for member in config.members:
                 shown = manifest.compose(group, by_name, low=0, high=0)
                 manifest.write(lives[member.name].connection, keys[member.name], shown, timeout=timeout)
+            _show(config, group, by_name, lives, keys, timeout=timeout)
             journal.event("group created", f"with members {', '.join(by_name)}")
         finally:
             journal.close()
@@ -310,6 +317,25 @@ def _record(
         delete_journal(config.journal)
         raise
     return serial
+
+
+def _show(
+    config: GroupConfig,
+    group: GroupRecord,
+    members: Mapping[str, MemberRecord],
+    lives: Mapping[str, Life],
+    keys: Mapping[str, DomainKeys],
+    *,
+    timeout: float,
+) -> None:
+    """How the group is reached, on each member. One that has no room for it is a member like any other."""
+    created = msgspec.structs.replace(config, group=msgspec.structs.replace(config.group, serial=group.serial))
+    shown = configuration.compose(created, group, members)
+    for member in config.members:
+        try:
+            configuration.write(lives[member.name].connection, keys[member.name], shown, timeout=timeout)
+        except Ckr as error:
+            log.warning("member.configuration-not-kept", member=member.name, reason=str(error))
 
 
 def default_extractable(life: Life, *, timeout: float) -> bool:

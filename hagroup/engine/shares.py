@@ -1,6 +1,7 @@
 """Shares of the domain's secrets for people: SLIP-39, M of N for each secret (DESIGN.md 5).
 
 Said plainly (G8): while shares are made or put together, both secrets are in this process. They go nowhere else.
+The library is loaded when it is used: most commands, and nearly every program, need no shares.
 """
 
 from __future__ import annotations
@@ -8,8 +9,6 @@ from __future__ import annotations
 import re
 
 import msgspec
-import shamir_mnemonic
-from shamir_mnemonic import MnemonicError
 
 from hagroup.core.attributes import CKA, CKK, CKO, pack_bool, pack_ulong
 from hagroup.core.calls import Ckr, Template
@@ -47,6 +46,8 @@ def scheme(text: str) -> Scheme:
 
 def split(secret: bytes, how: Scheme) -> list[str]:
     """One line of words for each person."""
+    import shamir_mnemonic
+
     groups = shamir_mnemonic.generate_mnemonics(1, [(how.needed, how.of)], secret)
     return list(groups[0])
 
@@ -56,8 +57,10 @@ def needed_for(words: str) -> tuple[int, int]:
 
     :raises ConfigurationError: a word is wrong or missing; the share is not shown.
     """
+    from shamir_mnemonic import MnemonicError, Share
+
     try:
-        share = shamir_mnemonic.Share.from_mnemonic(words)
+        share = Share.from_mnemonic(words)
     except (MnemonicError, ValueError):
         raise ConfigurationError("this is no share: a word is wrong or missing (it carries a checksum)") from None
     return share.identifier, share.member_threshold
@@ -65,8 +68,10 @@ def needed_for(words: str) -> tuple[int, int]:
 
 def combine(shares: list[str], what: str) -> bytes:
     """:raises ConfigurationError: they do not make up one secret."""
+    from shamir_mnemonic import MnemonicError, combine_mnemonics
+
     try:
-        secret: bytes = shamir_mnemonic.combine_mnemonics(shares)
+        secret: bytes = combine_mnemonics(shares)
     except (MnemonicError, ValueError):
         raise ConfigurationError(
             f"these shares of the {what} do not go together: too few, one of them twice, or from different sets"

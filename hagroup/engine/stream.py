@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from hashlib import sha256
 
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle, Mechanism, SessionId
 from hagroup.core.ckr import CKR
@@ -20,8 +19,8 @@ _APPLICATION = (Verdict.APPLICATION, Verdict.CAPABILITY, Verdict.AMBIGUOUS)
 class GroupStream:
     """One multi-part operation of one thread.
 
-    Input is kept until ``limit`` bytes; what was given out already is remembered by its length and hash, so that a
-    replay gives exactly the rest, or an error where the operation is not deterministic.
+    Input is kept until ``limit`` bytes, and what was given out for it, so that a replay gives exactly the rest, or an
+    error where the operation is not deterministic. (Not a hash of it: SHA-256 costs more than AES does.)
     """
 
     def __init__(
@@ -50,8 +49,8 @@ class GroupStream:
         self._limit = roster.config.group.replay_limit
         self._input: list[bytes | Usable] | None = []
         self._kept = 0
-        self._given = 0
-        self._given_hash = sha256()
+        self._given: list[bytes] = []
+        """Kept as long as the input is."""
         self._behind: bytearray | None = None
         """After a replay: the new member's output, until it has reached what was given out before."""
         self._member: Member | None = None
@@ -188,11 +187,14 @@ class GroupStream:
         """What the caller gets of a step's output: after a replay, only what it did not get before."""
         if self._behind is not None:
             self._behind += output
-            if len(self._behind) < self._given:
+            given = b"".join(self._given)
+            if len(self._behind) < len(given):
                 return b""
-            if sha256(self._behind[: self._given]).digest() != self._given_hash.digest():
+            if not self._behind.startswith(given):
                 raise StreamTooLong("another member gives another output for the same input; start the operation again")
-            output, self._behind = bytes(self._behind[self._given :]), None
-        self._given += len(output)
-        self._given_hash.update(output)
+            output, self._behind = bytes(self._behind[len(given) :]), None
+        if self._input is None:
+            self._given.clear()
+        else:
+            self._given.append(output)
         return output

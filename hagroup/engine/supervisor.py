@@ -13,6 +13,8 @@ from hagroup.config import logging
 from hagroup.core.clock import Clock
 from hagroup.core.records import OBJECT_MISSING, WATCHDOG, Membership, Observation, OwedKind
 from hagroup.core.states import State
+from hagroup.engine import about
+from hagroup.engine.configuration import Keeper
 from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Replicator
 from hagroup.engine.resync import Resync
@@ -35,14 +37,15 @@ def doubted(
 ) -> dict[str, float]:
     """Members that enough other living processes saw fail, and since when they are enough (boot time).
 
-    :param site: where this process is: the word of a watchdog of the same site is enough alone.
+    :param site: where this process is. What others see from elsewhere may be the way between: it does not count. The
+        word of a watchdog of this site is enough alone.
     """
     seen: dict[str, list[float]] = {}
     since: dict[str, float] = {}
     for one in observations:
-        if not one.ok and one.observer != own and alive(one.observer):
+        if not one.ok and one.site == site and one.observer != own and alive(one.observer):
             seen.setdefault(one.member, []).append(one.boot_time)
-            if one.kind == WATCHDOG and one.site == site:
+            if one.kind == WATCHDOG:
                 since[one.member] = max(one.boot_time, since.get(one.member, 0.0))
     for name, times in seen.items():
         if len(times) >= WITNESSES:
@@ -70,6 +73,7 @@ class Supervisor:
         self._clock = clock
         self.resync = Resync(roster, view, journal, replicator, clock)
         self.sealer = Sealer(roster, view, journal, clock)
+        self.keeper = Keeper(roster, view, journal)
         self._event = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="hagroup-supervisor", daemon=True)
@@ -132,6 +136,7 @@ class Supervisor:
             self.wake()  # members may owe something by it
         if self.sealer.due():
             self._roster.submit(self.sealer.seal)
+            self._roster.submit(self.keeper.keep)
 
     def _heed_observations(self) -> None:
         """Others saw a member fail: look for ourselves. Never more than that: their own workers may be the broken part
@@ -170,11 +175,14 @@ class Supervisor:
             self._roster.submit(self._resync_task, member)
 
     def _resync_task(self, member: Member, *, patient: bool = False) -> None:
+        life = member.life
         try:
             self.resync.bring_up_to_date(member, patient=patient)
         finally:
             with self._roster.changed:
                 member.busy = False
+                if life is not None:
+                    life.resynced = True
                 self._roster.changed.notify_all()
 
     # -- on demand -----------------------------------------------------------------------------------------
@@ -193,6 +201,7 @@ class Supervisor:
                 continue
             if self._take(member, self._roster.config.timeouts.generate):
                 self._resync_task(member, patient=True)
+        self.keeper.keep(insist=True)
 
     def _take(self, member: Member, timeout: float) -> bool:
         """Wait until no background task runs for the member, and be that task."""
@@ -249,7 +258,8 @@ class Supervisor:
     def _repair(self, member: Member, life: Life, uid: bytes) -> None:
         """:param life: of before the search that found nothing."""
         if self._roster.is_still_whole(member, life) and self.resync.we_are_current(member):
-            self._journal.event(OBJECT_MISSING, "a member lost an object: it is made anew there", member=member.name)
+            text, data = "a member lost an object: it is made anew there", about.known(self._journal, [uid])
+            self._journal.event(OBJECT_MISSING, text, member=member.name, data=data)
             self._journal.owe([(member.name, uid, OwedKind.INSTALL)], reason=None)
             self.wake()
 

@@ -363,12 +363,14 @@ class Journal(Protocol):
         """The newest change number, as a barrier for :meth:`admit`."""
         ...
 
-    def admit(self, name: str, *, barrier: int, low: int, lease: Lease | None) -> list[OwedRow]:
+    def admit(
+        self, name: str, *, barrier: int, low: int, lease: Lease | None, membership_revision: int
+    ) -> list[OwedRow]:
         """One transaction: if the member owes nothing from up to ``barrier`` (rows with an outstanding attempt, and
         rows with a reason, aside: they keep that object out, not the member) it becomes ``admitted`` and ``[]`` is
         returned; else the rows that keep it out are returned and nothing changes
         (the oldest thousand, where there are more). ``low`` is stored as finished.
-        Raises :class:`LeaseLost`; :class:`StaleMembership` for a member that is quarantined or not listed."""
+        Raises :class:`LeaseLost`; :class:`StaleMembership`, for a member that is quarantined or not listed too."""
         ...
 
     def manifest_confirmed(self, name: str, *, high: int, low: int | None = None) -> None:

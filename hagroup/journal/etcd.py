@@ -295,10 +295,12 @@ class EtcdJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Moving, E
             t.write_group()
         return int(self._local.revision)
 
-    def admit(self, name: str, *, barrier: int, low: int, lease: Lease | None) -> list[OwedRow]:
+    def admit(
+        self, name: str, *, barrier: int, low: int, lease: Lease | None, membership_revision: int
+    ) -> list[OwedRow]:
         if name in self._mirror.head.filling:
             self._fill(name)
-        return super().admit(name, barrier=barrier, low=low, lease=lease)
+        return super().admit(name, barrier=barrier, low=low, lease=lease, membership_revision=membership_revision)
 
     def add_member(self, member: MemberRecord) -> int:
         self._purge(member.name)

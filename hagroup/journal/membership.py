@@ -79,9 +79,12 @@ class Members(Writer):
             t.put_member(member)
 
     @one_transaction
-    def admit(self, name: str, *, barrier: int, low: int, lease: Lease | None) -> list[OwedRow]:
+    def admit(
+        self, name: str, *, barrier: int, low: int, lease: Lease | None, membership_revision: int
+    ) -> list[OwedRow]:
         with self._write() as t:
             t.expect_lease(lease)
+            t.expect_membership(membership_revision)
             member = t.member(name)
             if member is None or member.membership is Membership.QUARANTINED:
                 raise StaleMembership(f'member "{name}" was quarantined or removed meanwhile')

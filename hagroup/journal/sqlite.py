@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sqlite3
 from collections.abc import Sequence
@@ -54,18 +55,22 @@ class SqliteJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Moving,
         reference: bytes,
         contents: Contents | None = None,
         command: str = "",
+        aside: Path | None = None,
         clock: Clock | None = None,
     ) -> None:
         """Make the journal of a new group. It appears whole or not at all.
 
         :param contents: what is known of the group where its journal was lost, or is moved here.
         :param command: it is left sealed (:meth:`open_up`); this command goes on from there.
+        :param aside: the file that is there is kept under this name; at every instant one of the two is there. It is
+            one that :func:`fold` could fold.
 
         :raises JournalUnavailable: there is a file already, or none can be made there.
         """
         path = Path(path)
         clock = clock or SystemClock()
-        _refuse_existing(path)
+        if aside is None:
+            _refuse_existing(path)
         # Under another name first: what is found under the right one is always complete.
         draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
         try:
@@ -110,7 +115,12 @@ class SqliteJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Moving,
                     t.head.membership_revision = 1
                     t.finish()
                     connection.execute("COMMIT")
-                os.link(draft, path)  # unlike a rename, this fails where another process was quicker
+                if aside is None:
+                    os.link(draft, path)  # unlike a rename, this fails where another process was quicker
+                else:
+                    os.link(path, aside)
+                    _drop_log(path)
+                    os.rename(draft, path)
                 _make_durable(path.parent)
             finally:
                 draft.unlink(missing_ok=True)
@@ -155,6 +165,23 @@ class SqliteJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Moving,
         return journal
 
     @classmethod
+    def expect_replaceable(cls, path: Path | str, *, busy_timeout: float = BUSY_TIMEOUT) -> None:
+        """Before a file that is there is replaced by another one: damaged or a copy it may be, but not in use just now.
+
+        :raises JournalUnavailable: others may write it, it is locked, or it cannot be written.
+        """
+        path = Path(path)
+        binding.check_safe(path)
+        try:
+            with _plain(path, busy_timeout) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("CREATE TABLE may_be_written (x)")
+                connection.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY):
+                raise unavailable(path, error) from error
+
+    @classmethod
     def adopt_file(cls, path: Path | str) -> str:
         """Make a copied or restored file the journal of this place. Returns the new epoch.
 
@@ -185,24 +212,46 @@ class SqliteJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Moving,
         return str(epoch)
 
 
-def set_aside(path: Path, suffix: str) -> Path:
-    """Move a journal's file out of the way, with its log, under a new name. Nobody may have it open here."""
-    aside = path.with_name(f"{path.name}.{suffix}")
+def fold(path: Path) -> bool:
+    """All that is in the journal's log goes into its file. False: it cannot (damaged, or in use without end)."""
+    try:
+        with _plain(path) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    except sqlite3.Error:
+        return False
+    log = Path(f"{path}-wal")
+    return not log.exists() or not log.stat().st_size
+
+
+def _drop_log(path: Path) -> None:
+    """Of a file that was folded: it would be applied to the one that takes its place."""
+    for end in ("-wal", "-shm"):
+        Path(f"{path}{end}").unlink(missing_ok=True)
+
+
+def tidy(path: Path) -> None:
+    """What attempts to make it left that were cut off. Nobody else may be making it now."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if re.search(r"\.[0-9a-f]{8}\.new(-wal|-shm|-journal)?$", left.name):
+            left.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, aside: Path) -> None:
+    """Move a journal's file that cannot be read out of the way, with its log. Nobody may have it open here."""
     for end in ("-wal", "-shm", ""):  # the file last: as long as it is there, nothing is made in its place
         there = path.with_name(path.name + end)
         if there.exists():
             there.rename(aside.with_name(aside.name + end))
     _make_durable(path.parent)
-    return aside
 
 
 class _plain:  # noqa: N801 - a context manager, used like a function
     """A connection for setting up, outside any :class:`Database`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, busy_timeout: float = BUSY_TIMEOUT) -> None:
         quoted = str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
         self._connection = sqlite3.connect(
-            f"file:{quoted}?mode=rw", uri=True, timeout=BUSY_TIMEOUT, isolation_level=None
+            f"file:{quoted}?mode=rw", uri=True, timeout=busy_timeout, isolation_level=None
         )
 
     def __enter__(self) -> sqlite3.Connection:

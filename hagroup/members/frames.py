@@ -21,6 +21,8 @@ BULK = 32 * 1024
 """From this length on a byte string is not copied into its message."""
 
 _BUFFER = 64 * 1024
+_LARGEST_KEPT = 2 << 20
+"""A channel's buffer grows up to this with what is received: a new one costs its zeroing and page faults each time."""
 _LENGTH = struct.Struct(">I")
 _BIN32 = struct.Struct(">BI")  # msgpack's header of a byte string with a length of four bytes
 _encode_into = msgspec.msgpack.Encoder().encode_into
@@ -116,9 +118,12 @@ class Channel:
 
     def _receive_rest(self, got: int, length: int) -> memoryview:
         view = self._view
-        if length > _BUFFER:
-            view = memoryview(bytearray(length))
+        if length > len(self._in):
+            buffer = bytearray(length if length > _LARGEST_KEPT else 1 << (length - 1).bit_length())
+            view = memoryview(buffer)
             view[:got] = self._view[:got]
+            if length <= _LARGEST_KEPT:
+                self._in, self._view = buffer, view
         while got < length:
             got += self._more(view[got:length])
         return view[4:length]

@@ -18,8 +18,12 @@ def main() -> None:
     package = ModuleType("hagroup")
     package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
     sys.modules["hagroup"] = package
+    # msgspec does without typing_extensions where typing has all of it, and that one loads inspect, ast, dis, tokenize:
+    # a quarter of a worker's start.
+    sys.modules["typing_extensions"] = None  # type: ignore[assignment]
     from hagroup.members.worker import run
 
+    del sys.modules["typing_extensions"]
     run(control)
 
 

@@ -10,7 +10,7 @@ from hagroup.core.ckr import CKR
 from hagroup.members.cryptoki import Function
 from hagroup.members.life import Life
 from hagroup.members.module import Module
-from hagroup.members.sessions import BUFFER_SIZE, Session
+from hagroup.members.sessions import LARGEST_KEPT, Session
 
 _ABSURD = 1 << 31  # bytes: a length that no module means
 
@@ -26,9 +26,10 @@ class Operations:
 
 def output(session: Session, function: Function, *arguments: Any, room: int = 0) -> bytes:
     """Calls ``function(*arguments, buffer, length)``, without asking for the length first."""
-    if room <= BUFFER_SIZE:
-        size, target = BUFFER_SIZE, session.buffer
-    else:
+    if len(session.buffer) < room <= LARGEST_KEPT:
+        session.buffer = ctypes.create_string_buffer(1 << (room - 1).bit_length())  # few sizes: each is a type
+    size, target = len(session.buffer), session.buffer
+    if size < room:
         size, target = room, ctypes.c_char.from_buffer(bytearray(room))  # type: ignore[assignment]
     length = session.length
     while True:

@@ -14,6 +14,8 @@ from hagroup.core.ckr import CKR
 from hagroup.members.cryptoki import CKF_RW_SESSION, CKF_SERIAL_SESSION, Cryptoki
 
 BUFFER_SIZE = 16 * 1024
+LARGEST_KEPT = 2 << 20
+"""A session's buffer grows up to this where an output asks for it: a new one each time costs its page faults."""
 
 SESSION_LOST = frozenset(
     {

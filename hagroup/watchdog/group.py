@@ -322,8 +322,9 @@ class GroupWatch:
 
     def _write(self, events: list[WatchEvent]) -> None:
         assert self._journal is not None
+        assert self._lease is not None
         try:
-            remember(self._journal, self._told, events)
+            remember(self._journal, self._told, events, lease=self._lease)
             self._unwritten = False
         except JournalUnavailable as error:
             log.warning("journal.unavailable", error=str(error))

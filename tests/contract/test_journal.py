@@ -826,18 +826,23 @@ def test_update_member(journal, backend):
     assert revision_of(journal) == revision + 3
 
 
+def admit(journal, name="b", *, barrier=None, low=0, lease=None):
+    barrier = journal.barrier() if barrier is None else barrier
+    return journal.admit(name, barrier=barrier, low=low, lease=lease, membership_revision=revision_of(journal))
+
+
 def test_admission_waits_for_what_was_owed_before_the_barrier(journal):
     record = make_live(journal, "a")
     journal.update_member("b", membership=Membership.OUT_OF_SYNC, reason="restored")
     barrier = journal.barrier()
     lease = journal.acquire_lease("resync/b", ttl=30)
-    hinders = journal.admit("b", barrier=barrier, low=barrier, lease=lease)
+    hinders = admit(journal, barrier=barrier, low=barrier, lease=lease)
     assert [row.uid for row in hinders] == [record.uid]
     assert journal.members()[1].membership is Membership.OUT_OF_SYNC
     claim(journal, "b", record.uid)
     confirm(journal, installed("b", record))
     make_live(journal, "a")  # after the barrier: not of this admission
-    assert journal.admit("b", barrier=barrier, low=barrier, lease=lease) == []
+    assert admit(journal, barrier=barrier, low=barrier, lease=lease) == []
     second = journal.members()[1]
     assert (second.membership, second.low, second.reason) == (Membership.ADMITTED, barrier, None)
 
@@ -849,13 +854,31 @@ def test_doubt_and_permanent_reasons_do_not_keep_a_member_out(journal):
     journal.give_up([("b", one.uid)], doubt=True)
     claim(journal, "b", two.uid)
     journal.give_up([("b", two.uid)], doubt=False, reason="MECHANISM_INVALID")
-    assert journal.admit("b", barrier=journal.barrier(), low=0, lease=None) == []
+    assert admit(journal) == []
 
 
 def test_a_quarantined_member_is_not_admitted(journal):
     journal.update_member("b", membership=Membership.QUARANTINED, reason="PIN")
     with pytest.raises(StaleMembership):
-        journal.admit("b", barrier=journal.barrier(), low=0, lease=None)
+        admit(journal)
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        lambda journal: journal.begin_clear(),
+        lambda journal: journal.update_member("b", membership=Membership.OUT_OF_SYNC, reason="restored"),
+    ],
+    ids=["the group was cleared", "its token was restored"],
+)
+def test_a_member_is_not_admitted_by_what_was_known_before(journal, meanwhile):
+    journal.update_member("b", membership=Membership.OUT_OF_SYNC, reason="resumed")
+    revision, barrier = revision_of(journal), journal.barrier()
+    meanwhile(journal)
+    with pytest.raises(StaleMembership):
+        journal.admit("b", barrier=barrier, low=barrier, lease=None, membership_revision=revision)
+    assert journal.members()[1].membership is Membership.OUT_OF_SYNC
+    assert admit(journal) == []
 
 
 # -- leases, owners --------------------------------------------------------------------------------------------------
@@ -877,7 +900,7 @@ def test_lease_ends_by_itself_and_fences_late_writers(backend, journal, other):
     for call in (
         lambda: journal.claim([("b", record.uid)], worker=None, membership_revision=1, lease=lease),
         lambda: journal.confirm([installed("b", record)], membership_revision=1, lease=lease),
-        lambda: journal.admit("b", barrier=0, low=0, lease=lease),
+        lambda: admit(journal, lease=lease),
     ):
         with pytest.raises(LeaseLost):
             call()

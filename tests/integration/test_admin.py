@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import pytest
 from typer.testing import CliRunner
 
 from hagroup.admin.cli import app
+from hagroup.config.load import load
+from hagroup.engine import outstanding, plan
+from hagroup.journal import open_journal
 from tests.support.groups import PIN, ROOT, GroupFixture, make_group, run_client, wait_until
 from tests.support.terminal import Terminal
 
@@ -355,3 +359,64 @@ def test_ctrl_c_while_it_works(group: GroupFixture) -> None:
     assert process.returncode in (0, 130), (process.returncode, out, err)
     assert "Traceback" not in err
     wait_until(lambda: not group.workers(), "no workers left")
+
+
+SHOWN = ("status", "sync --dry-run", "journal todo", "verify")
+ON_A_TERMINAL = r"""
+import sys
+from hagroup.admin import cli
+toml, *lines = sys.argv[1:]
+for line in lines:
+    print("==", line, flush=True)
+    sys.argv = ["ha-admin", "--config", toml, *line.split()]
+    try:
+        cli.main()
+    except SystemExit:
+        pass
+"""
+
+
+@pytest.fixture(scope="module")
+def troubled(group: GroupFixture) -> Iterator[GroupFixture]:
+    """One member away, something owed to it, something lost on another one, something to do; two sites."""
+    text, toml = group.toml.read_text(), group.folder / "sites.toml"
+    for name, site in (("hsm1", "zurich-north"), ("hsm2", "geneva"), ("hsm3", "geneva")):
+        text = text.replace(f'= "{name}"\n', f'= "{name}"\nsite = "{site}"\n')
+    toml.write_text(text)
+    toml.chmod(0o600)
+    group.take_away("hsm2")
+    run_client(group, "session.generate_key(KeyType.AES, 128, store=True, label='made while one was away')\n")
+    journal = open_journal(load(group.toml).journal)
+    journal.event(outstanding.NOTE, NOTED, data=outstanding.statuses({"hsm1": "to do", "hsm3": "done"}))
+    journal.close()
+    yield dataclasses.replace(group, toml=toml)
+    group.bring_back("hsm2")
+
+
+NOTED = "replace the power supply of the HSM in the rack at the northern site, and say so in the change calendar"
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_nothing_is_cut_on_a_terminal(troubled: GroupFixture, columns: int) -> None:
+    command = [sys.executable, "-c", ON_A_TERMINAL, troubled.toml, *SHOWN]
+    terminal = Terminal(command, env={"COLUMNS": ""}, columns=columns)
+    assert terminal.end() == 0, terminal.text
+    text = re.sub(r"\x1b\[[0-9;]*m", "", terminal.text).replace("\r", "")
+    assert [line for line in text.splitlines() if len(line) > columns] == []
+    parts = dict(part.split("\n", 1) for part in text.split("== ")[1:])
+    read = {name: " ".join(part.split()) for name, part in parts.items()}
+    for name, member in troubled.members.items():
+        assert re.search(rf"^{name} +{member['serial']} +active ", parts["status"], re.MULTILINE), text
+    for piece in ("zurich-north", "geneva", "hsm2: failed: C_Initialize: CKR_GENERAL_ERROR", NOTED):
+        assert piece in read["status"], text
+    journal = open_journal(load(troubled.toml).journal)
+    steps, actions = plan.plan(journal), outstanding.actions(journal)
+    journal.close()
+    assert steps
+    for step in steps:
+        assert step.uid is not None and step.uid in parts["sync --dry-run"].split(), text
+        assert step.label in read["sync --dry-run"] and step.reason in read["sync --dry-run"], text
+    for action in actions:
+        assert action.action in read["journal todo"], text
+        assert all(status in read["journal todo"] for status in action.members.values()), text
+    assert "member not reachable" in read["verify"] and "C_Initialize: CKR_GENERAL_ERROR" in read["verify"], text

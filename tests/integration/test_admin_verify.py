@@ -152,6 +152,17 @@ def test_adopt(new_group: Callable[..., GroupFixture]) -> None:
     again = document(group, "sync", "--adopt", expected=1)
     assert {item["label"] for item in again} == {"locked", "back again"}
     assert document(group, "verify")["differences"] == []
+    check_filter_by_object(group, "stranger", done[("stranger", False)]["uid"])
+
+
+def check_filter_by_object(group: GroupFixture, label: str, uid: str) -> None:
+    """Events about one object, by its label or UID; people who get no data (bundle, hook) do not read of it."""
+    (event,) = document(group, "journal", "list", "--object", label)
+    assert (event["event"], event["data"]) == ("object adopted", {f"object:{uid}": label})
+    assert label not in event["text"] and uid not in event["text"]
+    assert document(group, "journal", "list", "--object", uid.upper()) == [event]
+    assert document(group, "journal", "list", "--object", "nothing of this name") == []
+    assert f"({label!r} {uid})" in group.admin("journal", "tail", "--object", label).stdout
 
 
 def test_journal(shared: GroupFixture) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hagroup.journal import SqliteJournal
 from tests.support import plain
 from tests.support.groups import GroupFixture, copy_group, make_group, run_client
 
@@ -27,9 +29,8 @@ _LIST = "print(sorted(o.label for o in session.get_objects()))\n"
 
 @pytest.fixture(scope="module")
 def template(fast_folder: Path) -> GroupFixture:
-    group = make_group(fast_folder / "rebuild-template", members=2)
+    group = make_group(fast_folder / "rebuild-template", members=2, isolation="none")
     run_client(group, _MAKE)
-    assert group.admin("sync").returncode == 0
     return group
 
 
@@ -37,9 +38,6 @@ def template(fast_folder: Path) -> GroupFixture:
 def group(template: GroupFixture, fast_folder: Path) -> Iterator[GroupFixture]:
     folder = fast_folder / "rebuild"
     copied = copy_group(template, folder)
-    for conf in folder.glob("*/softhsm2.conf"):
-        conf.write_text(conf.read_text().replace(str(template.folder), str(folder)))
-    SqliteJournal.adopt_file(folder / "journal.db")
     assert copied.admin("sync").returncode == 0
     yield copied
     shutil.rmtree(folder)
@@ -76,20 +74,14 @@ def test_a_journal_that_was_put_back_changes_nothing_until_it_is_reconciled(grou
     """A backup of the file is put back after a key was made, and another one destroyed."""
     journal = group.folder / "journal.db"
     kept = group.folder / "kept.db"
-    source, target = sqlite3.connect(journal), sqlite3.connect(kept)
-    source.backup(target)
-    source.close()
-    target.close()
+    put_back(kept, journal)
     run_client(
         group,
         'session.generate_key(KeyType.AES, 256, store=True, label="later")\n'
         'next(iter(session.get_objects({Attribute.LABEL: "key 0"}))).destroy()\n',
     )
     assert group.admin("sync").returncode == 0
-    source, target = sqlite3.connect(kept), sqlite3.connect(journal)
-    source.backup(target)  # into the very file: only the members' manifests can tell
-    source.close()
-    target.close()
+    put_back(journal, kept)
 
     program = (
         "import hagroup\n"
@@ -137,3 +129,100 @@ def test_a_copy_is_refused_until_it_is_adopted(group: GroupFixture) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert group.admin("sync").returncode == 0
     assert run_client(group, _LIST).strip() == str(_NAMES[1:])
+
+
+def put_back(journal: Path, kept: Path) -> None:
+    """Into the very file: only the members' manifests can tell."""
+    source, target = sqlite3.connect(kept), sqlite3.connect(journal)
+    source.backup(target)
+    source.close()
+    target.close()
+
+
+def test_an_older_configuration_is_refused(group: GroupFixture) -> None:
+    """Members were added since, or are other tokens now; one that was removed since is not used, and told."""
+    text = group.toml.read_text()
+    sections = text.split("[[member]]")
+    serial = group.members["hsm2"]["serial"]
+    third = sections[2].replace('"hsm2"', '"hsm3"').replace(serial, "0123456789abcdef")
+    for older, told in (
+        (
+            "[[member]]".join(sections[:2]).replace("min_replicas  = 2", "min_replicas  = 1"),
+            "has a member 'hsm2' that this file does not have",
+        ),
+        (
+            text.replace(serial, "0123456789abcdef"),
+            f"has token_serial 0123456789abcdef, the group's member of that name has {serial}",
+        ),
+    ):
+        group.toml.write_text(older)
+        refused = group.admin("sync")
+        assert refused.returncode == 2 and told in refused.stderr, refused.stderr
+        program = (
+            f"import hagroup\ntry: hagroup.lib({str(group.toml)!r})\nexcept hagroup.HAError as error: print(error)"
+        )
+        assert (
+            told in subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        )
+    group.toml.write_text("[[member]]".join([*sections, third]))
+    assert group.admin("sync").returncode == 0
+    assert {one["name"] for one in group.status()["members"]} == {"hsm1", "hsm2"}
+    doctor = group.admin("doctor")
+    assert "hsm3" in doctor.stdout, doctor.stdout
+    group.toml.write_text(text)
+
+
+def test_a_journal_of_before_the_group_was_cleared_brings_nothing_back(group: GroupFixture) -> None:
+    journal, kept = group.folder / "journal.db", group.folder / "kept.db"
+    put_back(kept, journal)
+    assert group.admin("clear", "--yes").returncode == 0
+    put_back(journal, kept)
+    program = "try: session.generate_key(KeyType.AES, 256, store=True)\nexcept pkcs11.HAError as error: print(error)\n"
+    assert "no change is made until `ha-admin recover`" in run_client(group, program)
+    assert "doubtful" in group.admin("recover", "--yes").stdout
+    assert group.admin("sync").returncode == 0
+    assert run_client(group, _LIST).strip() == "[]"
+    for name in group.members:
+        assert plain.labels(group.members[name]) == []
+
+
+def test_killed_anywhere_the_same_command_completes_it(template: GroupFixture, fast_folder: Path) -> None:
+    """A journal that was copied, with changes in its log: what it knows is not lost to an attempt that was cut off. One
+    member was away when a key was destroyed: only the journal knows that."""
+    began, state = fast_folder / "rebuild-began", fast_folder / "rebuild-state"
+    first = copy_group(template, began)
+    assert first.admin("sync").returncode == 0
+    first.take_away("hsm2")
+    program = (
+        'next(iter(session.get_objects({Attribute.LABEL: "key 0"}))).destroy()\n'
+        f"import subprocess\nsubprocess.run(['cp', '-a', {str(began)!r}, {str(state)!r}], check=True)\n"
+    )
+    run_client(first, program)
+    assert (state / "journal.db-wal").stat().st_size > 0
+    (state / "hsm2" / "tokens.away").rename(state / "hsm2" / "tokens")
+
+    step = 0
+    while True:
+        folder = fast_folder / "rebuild-killed"
+        shutil.copytree(state, folder)
+        for file in [folder / "hagroup.toml", *folder.glob("*/softhsm2.conf")]:
+            file.write_text(file.read_text().replace(str(began), str(folder)))
+        group = GroupFixture(folder / "hagroup.toml")
+        group.reload()
+        done = group.admin("journal", "adopt", "--yes", watch=folder, kill_before=(step := step + 1))
+        again = group.admin("journal", "adopt", "--yes", "--json")
+        assert again.returncode == 0, f"killed before change {step}: {again.stdout}{again.stderr}"
+        told = json.loads(again.stdout)
+        assert (told["objects"], told["tombstones"], told["doubtful"]) == (3, 2, []), step
+        left = {path.name.partition("replaced")[0] for path in folder.iterdir() if "journal" in path.name}
+        assert left <= {"journal.db", "journal.db.", "journal.db.view", ".journal.db.locks"}, (
+            f"killed before change {step}: {left}"
+        )
+        if done.returncode != -signal.SIGKILL:
+            break
+        shutil.rmtree(folder)
+    print(f"killed before each of {step - 1} changes to files")
+    assert step > 8
+    assert group.admin("sync").returncode == 0
+    for name in group.members:
+        assert plain.labels(group.members[name]) == _NAMES[1:]

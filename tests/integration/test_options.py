@@ -156,6 +156,19 @@ def test_mirror_holds_the_envelopes_instead_of_the_members(fast_folder: Path, ne
         assert sorted(mirrored(mirror).values())[-1] == (3, True)
     for member in group.members.values():
         assert plain.labels(member) == ["again", "more"]
+    # the journal is lost: the mirror and the members make it anew, and what was destroyed stays so
+    for end in ("", "-wal", "-shm", ".view"):
+        (group.folder / f"journal.db{end}").unlink(missing_ok=True)
+    rebuilt = group.admin("journal", "rebuild", "--json")
+    assert rebuilt.returncode == 0, rebuilt.stdout + rebuilt.stderr
+    told = json.loads(rebuilt.stdout)
+    assert (told["objects"], told["tombstones"], told["doubtful"]) == (2, 1, [])
+    with client(group) as session:
+        assert sorted(found.label for found in session.get_objects()) == ["again", "more"]
+        session.generate_key(KeyType.AES, 128, store=True, label="new")
+        next(iter(session.get_objects({Attribute.LABEL: "more"}))).destroy()
+    for member in group.members.values():
+        assert plain.labels(member) == ["again", "new"]
 
 
 # -- [journal] offline_serving ---------------------------------------------------------------------------------------
@@ -310,6 +323,8 @@ def test_who_is_doubted() -> None:
     watchdog = Observation(member="m", observer="a", site="zurich", ok=False, kind=WATCHDOG, boot_time=5.0)
     assert doubted([watchdog], "me", everybody.__contains__, site="zurich") == {"m": 5.0}, "of the same site"
     assert doubted([watchdog], "me", everybody.__contains__, site="geneva") == {}, "of another"
+    two = [seen("m", "a", 5.0), seen("m", "b", 7.0)]
+    assert doubted(two, "me", everybody.__contains__, site="geneva") == {}, "nor two that are elsewhere"
 
 
 def test_what_two_others_saw_is_looked_at_and_not_believed(new_group: Any) -> None:

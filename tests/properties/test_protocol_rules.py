@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from hagroup.core.attributes import CKA, CKM, pack_ulong
+from hagroup.core.attributes import CKA, CKM, CKO, pack_ulong
 from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
 from hagroup.core.records import Membership
 from hagroup.engine import manifest
+from hagroup.engine.domain_keys import seal_data
 from hagroup.engine.resync import LEASE
 from hagroup.errors import GroupUnavailable, JournalMismatch
 from tests.support.simulated import CKM_AES_CMAC, Fate, SimMember, SimObject, signature
@@ -254,3 +256,53 @@ def test_a_joining_member_is_admitted_when_it_has_all(world: Simulation) -> None
     wait(world, a, 100)
     assert {one.name: one.membership for one in world.journal.members()}["hsm2"] is Membership.ADMITTED
     assert "hsm2" in world.journal.placement(uid)[0]
+
+
+def test_a_token_that_is_restored_while_it_is_admitted_is_looked_at_again(world: Simulation) -> None:
+    """Another process finds it restored between this one's last look and the admission, whose manifest hides that."""
+    a = world.client("A")
+    uid = make(a)
+    world.journal.update_member("hsm2", membership=Membership.OUT_OF_SYNC, reason="resumed")
+    token = world.members["hsm2"].right_token
+
+    def restored() -> None:
+        for number, item in list(token.objects.items()):
+            if not item.label.startswith(b"hagroup ") and not item.label.startswith(manifest.LABEL):
+                del token.objects[number]
+        world.clock.now += 1
+        world.journal.update_member("hsm2", membership=Membership.OUT_OF_SYNC, reason="its token was restored")
+
+    before(a, "admit", restored)
+    wait(world, a, 100)
+    assert {one.name: one.membership for one in world.journal.members()}["hsm2"] is Membership.ADMITTED
+    assert "hsm2" in world.journal.placement(uid)[0]
+    assert len(held(world.members["hsm2"])) == 1
+
+
+def test_a_manifest_of_an_earlier_hagroup_is_read_and_replaced(world: Simulation) -> None:
+    """It has no CKA_OBJECT_ID, and knows of no revision and seal."""
+    a = world.client("A")
+    uid = make(a)
+    life = a.engine.roster.members["hsm1"].life
+    assert life is not None and life.keys is not None
+    connection, keys, token = life.connection, life.keys, world.members["hsm1"].right_token
+    newest = manifest.read(connection, keys, timeout=1)
+    assert newest is not None
+    for number, item in list(token.objects.items()):
+        if item.label.startswith(manifest.LABEL):
+            del token.objects[number]
+    old = {name: getattr(newest, name) for name in ("group", "label", "epoch", "members", "low", "high")}
+    template = [
+        (CKA.CLASS, pack_ulong(CKO.DATA)),
+        (CKA.TOKEN, b"\1"),
+        (CKA.PRIVATE, b"\1"),
+        (CKA.APPLICATION, b"hagroup"),
+        (CKA.LABEL, manifest.LABEL + f"{newest.epoch}:{0:016x}:{0:016x}:{0:016x}".encode()),
+        (CKA.VALUE, seal_data(connection, keys, b"manifest", msgspec.msgpack.encode(old), timeout=1)),
+    ]
+    connection.create([(int(number), value) for number, value in template], timeout=1)
+    assert manifest.read(connection, keys, timeout=1) == msgspec.structs.replace(newest, sealed=0, head=b"", revision=0)
+    a.ready().destroy(uid)
+    assert len([item for item in token.objects.values() if item.label.startswith(manifest.LABEL)]) == 1
+    found = manifest.read(connection, keys, timeout=1)
+    assert found is not None and found.high > newest.high and found.revision > 0

@@ -44,7 +44,7 @@ def test_a_member_shows_up_with_another_domain_key(fast_folder: Path) -> None:
 def test_a_member_that_is_another_groups_token(fast_folder: Path) -> None:
     """The file names the token of another group's hsm2."""
     own = make_group(fast_folder / "domains-own", members=2)
-    other = make_group(fast_folder / "domains-other", members=2)
+    other = make_group(fast_folder / "domains-other", members=2, anew=True)
     text = own.toml.read_text()
     for old, new in (
         (own.members["hsm2"]["serial"], other.members["hsm2"]["serial"]),

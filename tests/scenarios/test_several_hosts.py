@@ -24,7 +24,7 @@ from hagroup.journal.etcd_client import EtcdClient, Unanswered
 from tests.support import plain
 from tests.support.clients import clients
 from tests.support.etcd import Cluster
-from tests.support.groups import GroupFixture, make_group, wait_until
+from tests.support.groups import PIN, GroupFixture, address, make_group, run_client, wait_until
 from tests.support.hosts import Host
 
 ROUNDS = int(os.environ.get("HAGROUP_ETCD_ROUNDS", "1"))
@@ -89,6 +89,38 @@ def test_what_one_host_changes_the_other_knows_within_a_second(group: GroupFixtu
     assert two.do("find", "new card") == 0
     for member in group.members.values():
         assert plain.labels(member) == ["signer", "signer"]
+
+
+def test_a_new_host_comes_from_one_members_address_and_the_pin(group: GroupFixture, hosts: list[Host]) -> None:
+    """The journal is used as it is: nothing begins anew, and the other hosts go on."""
+    new = GroupFixture(group.folder / "new" / "hagroup.toml")
+    command = [
+        sys.executable,
+        "-m",
+        "hagroup.admin.cli",
+        "--config",
+        new.toml,
+        "group",
+        "join",
+        *address(group, "hsm2"),
+    ]
+    done = subprocess.run(
+        [*command, "--pin-env", "IT", "--json"],
+        env=os.environ | {"IT": PIN},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["rebuilt"] is None
+    new.reload()
+    assert new.members == group.members
+    sign = "session.get_key(object_class=ObjectClass.PRIVATE_KEY, label='signer')"
+    signed = run_client(new, f"print({sign}.sign(b'data', mechanism=Mechanism.SHA256_RSA_PKCS).hex())")
+    assert bytes.fromhex(signed) == plain.use(group.members["hsm1"], "sign", 3, "signer", b"data", "SHA256_RSA_PKCS")
+    assert hosts[0].do("sign", "signer") == 128
 
 
 def test_the_leader_is_killed_in_the_middle(group: GroupFixture, nodes: Cluster, hosts: list[Host]) -> None:

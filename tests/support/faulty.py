@@ -149,7 +149,7 @@ class FaultGroup:
     def check_tokens(self, session: Any) -> None:
         """What the group has is on every token exactly once, with its record, and nothing else: no ghosts.
 
-        While a manifest is renewed in the background the token has two: then it is read again.
+        While what a member shows is renewed in the background the token has two: then it is read again.
         """
         live = list(engine(session).journal.objects())
         wanted = [record.attributes[Attribute.LABEL].decode() for record in live]
@@ -158,16 +158,17 @@ class FaultGroup:
 
         def read() -> dict[str, list[str]] | None:
             labels = self.labels(own=True)
-            manifests = [label for found in labels.values() for label in found if _is_manifest(label)]
-            return labels if len(manifests) == len(labels) else None
+            shown = [Counter(filter(None, map(_what_is_shown, found))) for found in labels.values()]
+            return labels if all(set(kinds.values()) == {1} and len(kinds) == 2 for kinds in shown) else None
 
-        for name, found in wait_until(read, "one manifest on each member").items():
-            there = Counter(label for label in found if not _is_manifest(label))
+        for name, found in wait_until(read, "one manifest and one configuration on each member").items():
+            there = Counter(label for label in found if not _what_is_shown(label))
             assert there == Counter(wanted), f"{name} has {there - Counter(wanted)}, lacks {Counter(wanted) - there}"
 
 
-def _is_manifest(label: str) -> bool:
-    return label.startswith("hagroup:manifest")
+def _what_is_shown(label: str) -> str:
+    """Manifest or configuration: what a member shows of the group, made anew in the background now and then."""
+    return next((kind for kind in ("manifest", "configuration") if label.startswith(f"hagroup:{kind}")), "")
 
 
 def engine(session: Any) -> Any:

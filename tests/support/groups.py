@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,9 +19,15 @@ from typing import Any
 
 import psutil
 
+from hagroup.journal import binding
+from tests.support import forked_admin
+from tests.support.forked_admin import Done
+
 ROOT = Path(__file__).resolve().parents[2]
 MAKE_GROUP = ROOT / "softhsm-fixtures" / "make-group"
 PIN, SO_PIN = "1234", "12345678"
+FAST = "hagroup-test-"
+"""How names of folders for tests begin."""
 
 
 @dataclass
@@ -46,12 +54,9 @@ class GroupFixture:
             plain_env = {name: value for name, value in env.items() if name.startswith("SOFTHSM")}
             self.members[member["name"]] = {"module": module, "serial": member["token_serial"], "env": plain_env}
 
-    def admin(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run ha-admin on this group."""
-        command = [sys.executable, "-m", "hagroup.admin.cli", "--config", str(self.toml), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL
-        )
+    def admin(self, *arguments: str, **more: Any) -> Done:
+        """Run ha-admin on this group; see :meth:`tests.support.forked_admin.ForkedAdmin.run`."""
+        return forked_admin.run("--config", str(self.toml), *arguments, **more)
 
     def status(self) -> dict[str, Any]:
         done = self.admin("status", "--json")
@@ -90,8 +95,28 @@ class GroupFixture:
             worker.send_signal(signal.SIGKILL)
 
 
-def make_group(folder: Path, *options: str, members: int = 3, isolation: str = "process") -> GroupFixture:
-    """``make-group`` as a user runs it."""
+_made: dict[tuple[object, ...], GroupFixture] = {}
+"""Groups that nobody uses: each is made once, and then copied."""
+
+
+def make_group(
+    folder: Path, *options: str, members: int = 3, isolation: str = "process", anew: bool = False
+) -> GroupFixture:
+    """A group as ``make-group`` makes it: a copy of one that was made before in the same way, where there is one, with
+    tokens of the same serial numbers and keys (making one takes seconds, for the RSA keys of the domain's transport).
+
+    :param anew: with tokens and keys of its own.
+    """
+    base = next((one for one in folder.parents if one.name.startswith(FAST)), None)
+    if anew or base is None or "--journal" in options:
+        return _make(folder, *options, members=members, isolation=isolation)
+    key = (base, options, members, isolation)
+    if key not in _made:
+        _made[key] = _make(base / f"made{len(_made)}", *options, members=members, isolation=isolation)
+    return copy_group(_made[key], folder)
+
+
+def _make(folder: Path, *options: str, members: int, isolation: str) -> GroupFixture:
     command = [str(MAKE_GROUP), str(folder), "--members", str(members), "--isolation", isolation, "--label", "payments"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -101,11 +126,25 @@ def make_group(folder: Path, *options: str, members: int = 3, isolation: str = "
 
 
 def copy_group(source: GroupFixture, folder: Path) -> GroupFixture:
-    """A group made earlier, again; the journal is told that it moved."""
+    """A group made earlier, again: tokens of its own, and a journal of its own, as if it had been made there."""
     shutil.copytree(source.folder, folder, symlinks=True)
+    for file in (file for file in folder.rglob("*") if file.is_file() and file.suffix in (".toml", ".conf")):
+        file.write_text(file.read_text().replace(str(source.folder), str(folder)))
+    place = binding.place_of(folder / "journal.db")
+    with contextlib.closing(sqlite3.connect(folder / "journal.db")) as journal, journal:
+        journal.execute(
+            "UPDATE identity SET machine = ?, inode = ?, device = ?", (place.machine, place.inode, place.device)
+        )
     group = GroupFixture(folder / source.toml.name)
     group.reload()
     return group
+
+
+def address(group: GroupFixture, name: str, **change: Any) -> list[str]:
+    """Where a member is, as options of ``ha-admin group join``."""
+    member = group.members[name] | change
+    options = ["--module", str(member["module"]), "--token-serial", member["serial"]]
+    return [*options, *(word for key, value in member["env"].items() for word in ("--env", f"{key}={value}"))]
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout: float = 90.0) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import select
+import struct
+import termios
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +17,18 @@ class Terminal:
     """Runs ``command`` (absolute path first) with a terminal as its standard streams."""
 
     def __init__(
-        self, command: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str | Path],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        columns: int = 80,
     ) -> None:
         self.output = b""
         self.pid, self._descriptor = pty.fork()
         if self.pid == 0:
             try:
+                fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
                 if cwd is not None:
                     os.chdir(cwd)
                 arguments = [str(word) for word in command]

@@ -1,8 +1,9 @@
-"""ha-watchdog as a process, and what listens to it: a hook's file, a webhook, systemd's socket."""
+"""ha-watchdog as a process, what it costs, and what listens to it: a hook's file, a webhook, systemd's socket."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -12,11 +13,17 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from hagroup.config.load import load
+from hagroup.journal import open_journal
+from hagroup.watchdog.group import GroupWatch
 from tests.support.groups import GroupFixture, wait_until
 
 INTERVAL, THRESHOLD, PROBE = 0.8, 2, 0.4
@@ -110,6 +117,68 @@ def watching(
         except subprocess.TimeoutExpired:
             watchdog.process.kill()
             watchdog.process.wait()
+
+
+@dataclass
+class Idle:
+    """Seconds of processor time."""
+
+    own: float
+    workers: float
+    heartbeats: int
+
+
+def idle_cost(group: GroupFixture, watchdog: Watchdog, *, heartbeats: int) -> Idle:
+    """What so many heartbeats of a watchdog that has settled cost, with all that it does between them."""
+    journal = open_journal(load(group.toml).journal)
+
+    def newest() -> float:
+        return max((one.boot_time for one in journal.observations("hsm1")), default=0.0)
+
+    def after(number: int) -> None:
+        for _ in range(number):
+            before = newest()
+            wait_until(lambda before=before: newest() > before, "a heartbeat")
+
+    def spent() -> tuple[float, float]:
+        processes = [psutil.Process(watchdog.pid), *group.workers(watchdog.pid).values()]
+        own, *others = (sum(process.cpu_times()[:2]) for process in processes)
+        return own, sum(others)
+
+    try:
+        after(2)
+        own, workers = spent()
+        after(heartbeats)
+        own_then, workers_then = spent()
+    finally:
+        journal.close()
+    return Idle(own_then - own, workers_then - workers, heartbeats)
+
+
+@dataclass
+class Cost:
+    megabytes: float
+    files: int
+    threads: int
+
+
+def heartbeats_with_a_flapping_member(
+    group: GroupFixture, heartbeats: int, *, every: int, told: Callable[[int, Cost], None] = lambda number, cost: None
+) -> list[Cost]:
+    """Heartbeats one after the other, without the pauses between, in this process; hsm2 goes and comes each hundred."""
+    watch, process = GroupWatch(group.toml), psutil.Process()
+    costs = []
+    for number in range(1, heartbeats + 1):
+        watch.step()
+        if number % 100 == 0:
+            (group.bring_back if number % 200 == 0 else group.take_away)("hsm2")
+        if number % every == 0:
+            gc.collect()
+            costs.append(Cost(process.memory_info().rss / 1e6, process.num_fds(), process.num_threads()))
+            told(number, costs[-1])
+    watch.stop()
+    watch.run()
+    return costs
 
 
 def get(port: int, path: str) -> str:

@@ -368,4 +368,5 @@ def test_an_output_longer_than_the_buffer(tells_length: bool) -> None:
     assert len(sizes) == 2 if tells_length else len(sizes) < 6
     sizes.clear()
     assert output(Session(1), function, room=len(result)) == result
-    assert sizes == [len(result)]
+    [size] = sizes
+    assert size >= len(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hagroup.config.model import Endpoint
-from hagroup.core.watch import Kind, WatchEvent
+from hagroup.core.watch import GRAVE, Kind, WatchEvent
 from hagroup.engine.status import GroupStatus, JournalStatus, MemberStatus, Status
 from hagroup.watchdog.group import Report
 from hagroup.watchdog.heartbeat import Beat
@@ -163,3 +164,23 @@ def test_in_a_real_browser(served: Served, tmp_path: Path) -> None:
         served.page.stop()
         tab.wait_for("what you see may be old")
     print(f"pictures: {tmp_path}")
+
+
+def test_dashboard_and_alert_rules_know_all_metrics_and_no_other(served: Served) -> None:
+    tools = Path(__file__).parents[2] / "tools"
+    dashboard, rules = json.loads((tools / "grafana-dashboard.json").read_text()), tools / "prometheus-rules.yml"
+    panels = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    served.metrics.count(REPORT)
+    families = {family.name: {sample.name for sample in family.samples} for family in served.metrics.registry.collect()}
+    there = {name for samples in families.values() for name in samples} | {"hagroup_heartbeat_seconds_bucket"}
+    of_panels = set(re.findall(r"hagroup_\w+", " ".join(panels)))
+    of_rules = set(re.findall(r"hagroup_\w+", rules.read_text()))
+    assert (of_panels | of_rules) - there - set(families) == set()
+    unseen = [name for name, samples in families.items() if not ({name} | samples) & of_panels]
+    assert unseen == [] or (unseen == ["hagroup_heartbeat_seconds"] and "hagroup_heartbeat_seconds_bucket" in of_panels)
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    kinds = re.search(r'kind=~"([^"]+)"', rules.read_text())
+    assert kinds is not None and set(kinds[1].split("|")) <= {kind.value for kind in Kind}
+    for kind in GRAVE:  # each has a rule, by the event or by what it is about
+        by_state = ("all members lost", "member quarantined", "journal unreachable")
+        assert kind.value in kinds[1] or kind.value in by_state, kind

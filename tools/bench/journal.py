@@ -17,7 +17,7 @@ from group import scratch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from hagroup.core.records import OwedKind
+from hagroup.core.records import OwedKind, OwedRow
 from hagroup.journal import SqliteJournal
 from tests.support.journals import (
     LABEL,
@@ -100,6 +100,10 @@ def decisions(journal: SqliteJournal) -> dict[str, Callable[[], object]]:
         journal.destroy(made.uid, asking=ask(*NAMES), membership_revision=revision_of(journal))
         confirm(journal, *(destroyed(name, made.uid) for name in NAMES))
 
+    def admit(name: str, *, low: int) -> list[OwedRow]:
+        revision = revision_of(journal)
+        return journal.admit(name, barrier=journal.barrier(), low=low, lease=None, membership_revision=revision)
+
     def resync() -> None:
         """The journal's part of bringing a member up to date after so many changes."""
         records = [make_live(journal, "hsm1", "hsm2", record=new_object(b"owed")) for _ in range(CHANGES)]
@@ -107,12 +111,12 @@ def decisions(journal: SqliteJournal) -> dict[str, Callable[[], object]]:
         rows = [(row.member, row.uid) for row in owed if row.kind is OwedKind.INSTALL]
         journal.claim(rows, worker="worker-hsm3", membership_revision=revision_of(journal))
         confirm(journal, *(installed("hsm3", record) for record in records))
-        assert not journal.admit("hsm3", barrier=journal.barrier(), low=journal.barrier(), lease=None)
+        assert not admit("hsm3", low=journal.barrier())
 
     label = {LABEL: b"label 7"}
     return {
         "status": status,
-        "admission": lambda: journal.admit("hsm2", barrier=journal.barrier(), low=0, lease=None),
+        "admission": lambda: admit("hsm2", low=0),
         "find by label": lambda: journal.search(label),
         "create and destroy": create_and_destroy,
         f"resync of {CHANGES} changes": resync,

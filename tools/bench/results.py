@@ -22,7 +22,7 @@ def summary(answers: list[Row]) -> Row:
     times = [took for _, took in calls]
     errors = [error for answer in answers for error in answer["errors"]]
     if not times:
-        return {"rate": 0.0, "calls": 0, "last third": 0.0, "errors": errors} | dict.fromkeys(_TIMES, 0.0)
+        return {"rate": 0.0, "calls": 0, "last third": 0.0, "errors": errors} | dict.fromkeys(_NUMBERS, 0.0)
     seconds = max(answer["seconds"] for answer in answers)
     late = sum(1 for begun, took in calls if seconds * 2 / 3 <= begun + took)
     return {
@@ -33,11 +33,15 @@ def summary(answers: list[Row]) -> Row:
         "p90": times[int(len(times) * 0.90)],
         "p99": times[int(len(times) * 0.99)],
         "longest": times[-1],
+        "processor": sum(answer["processor"] for answer in answers) / len(times),
+        "memory": sum(answer["memory"] for answer in answers),
         "errors": errors,
     }
 
 
 _TIMES = ("median", "p90", "p99", "longest")
+_NUMBERS = (*_TIMES, "processor", "memory")
+"""``processor``: seconds of processor time for a call, in all processes of the clients; ``memory``: MiB, at most."""
 
 
 def opponents(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
@@ -54,7 +58,7 @@ def show(rows: list[Row], network: Any = None) -> None:
     against = opponents(rows)
     print("calls per second; ratio: to the members used separately if measured, else to plain python-pkcs11 on one")
     allowed = f" {'/ model':>8}" if network else ""
-    times = "".join(f"{name + ' ms':>11}" for name in _TIMES)
+    times = "".join(f"{name + ' ms':>11}" for name in _TIMES) + f"{'cpu µs':>10}{'MiB':>6}"
     print(f"{'operation':24} {'kind':10} {'members':>7} {'threads':>9} {'per s':>9} {'ratio':>6}{allowed}{times}")
     for row in rows:
         other = against.get(key({**row, "kind": None}))
@@ -65,7 +69,8 @@ def show(rows: list[Row], network: Any = None) -> None:
         if network:
             members = 1 if row["kind"] == "plain" else row["members"]
             line += f" {row['rate'] / network.allows(row['threads'] * row['processes'], members):>8.2f}"
-        print(line + "".join(f"{row[name] * 1000:>11.2f}" for name in _TIMES))
+        line += "".join(f"{row[name] * 1000:>11.2f}" for name in _TIMES)
+        print(f"{line}{row['processor'] * 1e6:>10.0f}{row['memory']:>6.0f}")
         if row["disturbed"] in ("hung", "killed"):
             print(f"{'':24} after the member was {row['disturbed']}, last third: {row['last third']:.1f} per s")
         for error in sorted(set(row["errors"])):

@@ -5,12 +5,14 @@ It reads one question (JSON) a line, answers ``ready``, begins when it is told `
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from operations import PIN, PREPARE, Operation, make_keys
@@ -46,6 +48,36 @@ def open_token(kind: str, arguments: list[str]) -> Any:
     arguments_ = _InitializeArgs(flags=CKF_OS_LOCKING_OK)
     initialize(ctypes.addressof(arguments_))
     return library.get_token(token_serial=serial.encode())
+
+
+def processes() -> list[Path]:
+    """Of this one and of its members' workers."""
+    own = Path("/proc/self")
+    found = [own]
+    for task in (own / "task").iterdir():
+        with contextlib.suppress(OSError):  # threads come and go
+            found += [Path("/proc", pid) for pid in (task / "children").read_text().split()]
+    return found
+
+
+def processor() -> float:
+    """Seconds that they used since they began."""
+    ticks = 0
+    for folder in processes():
+        with contextlib.suppress(OSError):  # a worker that was killed
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def memory() -> float:
+    """MiB that they had at most, each, all together."""
+    found = 0
+    for folder in processes():
+        with contextlib.suppress(OSError):
+            lines = (folder / "status").read_text().splitlines()
+            found += sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return found / 1024
 
 
 class Cell:
@@ -104,15 +136,21 @@ class Cell:
             sys.stdin.readline()
         except threading.BrokenBarrierError:
             print("ready", flush=True)
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), processor()
         self._go.set()
         time.sleep(seconds)
         self._stop.set()
         for thread in self._threads:
             thread.join()
-        ended = time.perf_counter()
+        ended, used = time.perf_counter(), processor() - used
         calls = [(start - begun, took) for mine in self._calls for start, took in mine]
-        return {"calls": calls, "seconds": ended - begun, "errors": self._errors}
+        return {
+            "calls": calls,
+            "seconds": ended - begun,
+            "errors": self._errors,
+            "processor": used,
+            "memory": memory(),
+        }
 
     def tidy(self) -> None:
         """Destroys what ``create`` made: SoftHSM grows slower with each object."""
@@ -133,7 +171,13 @@ def first_use(kind: str, arguments: list[str]) -> dict[str, Any]:
     with token.open(user_pin=PIN) as session:
         PREPARE["sign RSA-2048"](session)()
         took = time.perf_counter() - begun
-    return {"calls": [(0.0, took)], "seconds": took, "errors": []}
+    return {
+        "calls": [(0.0, took)],
+        "seconds": took,
+        "errors": [],
+        "processor": processor(),
+        "memory": memory(),
+    }
 
 
 def main() -> None:

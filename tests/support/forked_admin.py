@@ -1,0 +1,164 @@
+"""``ha-admin`` in processes forked from one that has it imported already: a fifth of the time. Each may be killed
+before any of its changes to files of one folder.
+
+Run as a program it is that process: requests on standard input, one JSON document a line, answers on standard output.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+_CHANGES = {"open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "sqlite3.connect"}
+
+
+@dataclass
+class Done:
+    """Like subprocess.CompletedProcess."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    steps: int = 0
+    """Changes to files of the watched folder; 0 where it was killed."""
+
+
+class ForkedAdmin:
+    """One such process. It runs one command at a time."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.support.forked_admin"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True
+        )
+
+    def run(
+        self,
+        *arguments: str,
+        timeout: float = 120,
+        environment: dict[str, str] | None = None,
+        watch: Path | None = None,
+        kill_before: int = 0,
+    ) -> Done:
+        """In this process's working directory and environment, without a terminal.
+
+        :param environment: further variables.
+        :param kill_before: kill it before its nth change to a file in ``watch``, counted from 1; 0: count them.
+        """
+        variables = {**os.environ, **(environment or {})}
+        asked = [list(arguments), os.getcwd(), variables, None if watch is None else str(watch), kill_before]
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+        self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], timeout)[0]:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(["ha-admin", *arguments], timeout)
+        return Done(*json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+_idle: list[ForkedAdmin] = []
+atexit.register(lambda: [one.close() for one in _idle])
+
+
+def run(*arguments: str, **more: Any) -> Done:
+    """See :meth:`ForkedAdmin.run`; several threads may have commands running at once."""
+    try:
+        admin = _idle.pop()
+    except IndexError:
+        admin = ForkedAdmin()
+    done = admin.run(*arguments, **more)
+    _idle.append(admin)
+    return done
+
+
+# -- the process ---------------------------------------------------------------------------------------------------
+
+
+def _watch(folder: str, kill_before: int) -> list[int]:
+    steps = [0]
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in _CHANGES:
+            return
+        if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        name = arguments[0]
+        if isinstance(name, str | os.PathLike) and folder in os.fspath(name):
+            steps[0] += 1
+            if steps[0] == kill_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return steps
+
+
+def _child(asked: list[Any], out: int, err: int, told: int) -> None:
+    from hagroup.admin import cli
+
+    arguments, folder, environment, watch, kill_before = asked
+    os.chdir(folder)
+    os.environ.clear()
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = open(0)  # noqa: SIM115
+    os.environ.update(environment)
+    sys.argv = ["ha-admin", *arguments]
+    steps = _watch(watch, kill_before) if watch else [0]
+    status: Any = 1
+    try:
+        cli.main()
+    except SystemExit as ended:
+        status = ended.code
+    with contextlib.suppress(BaseException):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os.write(told, str(steps[0]).encode())
+    os._exit(status if isinstance(status, int) else 1)
+
+
+def _answer(asked: list[Any]) -> list[Any]:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as told:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _child(asked, out.fileno(), err.fileno(), told.fileno())
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                os._exit(70)
+        _, status = os.waitpid(pid, 0)
+        texts = []
+        for file in (out, err, told):
+            file.seek(0)
+            texts.append(file.read().decode())
+        return [os.waitstatus_to_exitcode(status), texts[0], texts[1], int(texts[2] or 0)]
+
+
+if __name__ == "__main__":
+    import hagroup.admin.cli
+    from hagroup.config import logging
+
+    assert hagroup.admin.cli
+    logging.prepare()
+    for line in sys.stdin:
+        print(json.dumps(_answer(json.loads(line))), flush=True)
