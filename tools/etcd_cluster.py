@@ -81,6 +81,9 @@ def start(folder: Path, count: int) -> list[str]:
 
 def start_node(folder: Path, nodes: list[dict[str, object]], node: dict[str, object]) -> None:
     """Start one node, or start it again."""
+    deadline = time.monotonic() + _READY
+    while not all(_is_free(int(str(node[name]))) for name in ("client", "peer")) and time.monotonic() < deadline:
+        time.sleep(0.05)  # one that was just killed has them for a moment longer
     peers = ",".join(f"{one['name']}=https://127.0.0.1:{one['peer']}" for one in nodes)
     client, peer = f"https://127.0.0.1:{node['client']}", f"https://127.0.0.1:{node['peer']}"
     ca, cert, key = (str(folder / name) for name in ("ca.pem", "node.pem", "node.key"))
@@ -176,14 +179,20 @@ def free_ports(count: int) -> list[int]:
     chosen: list[int] = []
     while len(chosen) < count:
         port = random.randrange(10_000, 32_000)
-        with socket.socket() as one:
-            try:
-                one.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in chosen:
+        if port not in chosen and _is_free(port):
             chosen.append(port)
     return chosen
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as etcd does: connections that ended do not count
+        try:
+            one.bind(("127.0.0.1", port))
+            one.listen()
+        except OSError:
+            return False
+    return True
 
 
 def make_certificates(folder: Path) -> None:
