@@ -12,7 +12,7 @@ from hagroup.core.attributes import CKA, CKK, CKO, pack_bool, pack_ulong
 from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
 from hagroup.core.records import ObjectRecord, ObjectState
-from hagroup.engine import joining
+from hagroup.engine import joining, manifest
 from hagroup.engine.challenge import DomainMember, challenge, open_reference, reference_envelope
 from hagroup.engine.domain import (
     IntegrityAlarm,
@@ -28,6 +28,8 @@ from hagroup.engine.domain import (
 from hagroup.engine.domain_keys import scratch_session, throw_away_key
 from hagroup.engine.enforcement import Enforcement, probe_enforcement
 from hagroup.engine.joining import generate_domain, import_domain, join_domain
+from hagroup.engine.manifest import Manifest
+from hagroup.engine.stored_records import store_record
 from hagroup.errors import DomainMismatch
 from hagroup.members.api import Connection
 from tests.integration.replica_support import Member, T, connect, members, tokens
@@ -352,6 +354,38 @@ def test_data_is_sealed_for_one_purpose(both: list[Member], size: int) -> None:
     flipped = sealed[:-1] + bytes([sealed[-1] ^ 1])
     with pytest.raises(IntegrityAlarm):
         open_data(both[1].connection, both[1].keys, b"manifest", flipped, timeout=T)
+
+
+def test_a_manifest_costs_the_same_whatever_else_is_on_the_token(
+    both: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each connection reads it and each change writes it: reading the records of all objects there made both linear."""
+    connection, keys = both[0].connection, both[0].keys
+    calls: list[str] = []
+    call = connection._call  # type: ignore[attr-defined]
+    monkeypatch.setattr(connection, "_call", lambda name, *others: calls.append(name) or call(name, *others))
+
+    def write_and_read(high: int) -> int:
+        calls.clear()
+        shown = Manifest(group="1", label="g", epoch="e", members={}, low=0, high=high)
+        manifest.write(connection, keys, shown, timeout=T)
+        assert manifest.read(connection, keys, timeout=T) == shown
+        return len(calls)
+
+    write_and_read(1)
+    alone = write_and_read(2)
+    for number in range(20):
+        one = ObjectRecord(
+            uid=bytes([number]) * 16,
+            object_class=CKO.DATA,
+            key_type=None,
+            state=ObjectState.LIVE,
+            revision=0,
+            attributes={},
+            envelope=None,
+        )
+        store_record(connection, keys, one, timeout=T)
+    assert write_and_read(3) == alone
 
 
 def test_chunks_of_sealed_data_cannot_be_exchanged_or_left_out(both: list[Member]) -> None:

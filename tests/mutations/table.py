@@ -77,6 +77,14 @@ MUTATIONS = (
         f"{JOURNAL}::test_admission_waits_for_what_was_owed_before_the_barrier",
     ),
     Mutation(
+        "admission by an older membership",
+        "a member is admitted although another process just found that its token was restored (4.6)",
+        "hagroup/journal/membership.py",
+        "            t.expect_membership(membership_revision)\n",
+        "",
+        f"{PROTOCOL}::test_a_token_that_is_restored_while_it_is_admitted_is_looked_at_again",
+    ),
+    Mutation(
         "the first of several matches",
         "of several objects that match on a member one is used (4.4)",
         "hagroup/engine/objects.py",

@@ -90,7 +90,8 @@ class Cell:
         self._calls: list[list[tuple[float, float]]] = [[] for _ in range(threads)]
         """(when it began, how long it took)"""
         self._errors: list[str] = []
-        self._made: list[Any] = []
+        self._made: set[bytes] = set()
+        """CKA_ID of what was created."""
         self._ready = threading.Barrier(threads + 1)
         self._go = threading.Event()
         self._stop = threading.Event()
@@ -111,9 +112,7 @@ class Cell:
         try:
             step = self._once(session)
             keep = self._name.startswith("create")
-            result = step()  # what is done only once is not measured
-            if keep:
-                self._made.append(result)
+            made = [step()]  # what is done only once is not measured
             self._ready.wait()
             self._go.wait()
             while not self._stop.is_set():
@@ -121,7 +120,9 @@ class Cell:
                 result = step()
                 calls.append((begun, time.perf_counter() - begun))
                 if keep:
-                    self._made.append(result)
+                    made.append(result)
+            for result in made if keep else ():
+                self._made |= {item.id for item in (result if isinstance(result, tuple) else (result,))}
         except Exception as error:  # whatever it is: it is the result
             self._errors.append(f"{type(error).__name__}: {error}")
             self._ready.abort()
@@ -157,9 +158,8 @@ class Cell:
         if not self._made:
             return
         with self._token.open(rw=True) as session:
-            classes = {item.id for made in self._made for item in (made if isinstance(made, tuple) else (made,))}
             for item in list(session.get_objects()):
-                if getattr(item, "id", None) in classes:
+                if getattr(item, "id", None) in self._made:
                     item.destroy()
 
 
