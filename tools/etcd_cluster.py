@@ -7,6 +7,7 @@ import datetime
 import ipaddress
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -80,6 +81,9 @@ def start(folder: Path, count: int) -> list[str]:
 
 def start_node(folder: Path, nodes: list[dict[str, object]], node: dict[str, object]) -> None:
     """Start one node, or start it again."""
+    deadline = time.monotonic() + _READY
+    while not all(_is_free(int(str(node[name]))) for name in ("client", "peer")) and time.monotonic() < deadline:
+        time.sleep(0.05)  # one that was just killed has them for a moment longer
     peers = ",".join(f"{one['name']}=https://127.0.0.1:{one['peer']}" for one in nodes)
     client, peer = f"https://127.0.0.1:{node['client']}", f"https://127.0.0.1:{node['peer']}"
     ca, cert, key = (str(folder / name) for name in ("ca.pem", "node.pem", "node.key"))
@@ -138,7 +142,8 @@ def wait_until_ready(folder: Path, nodes: list[dict[str, object]]) -> None:
             pass
         if time.monotonic() > deadline:
             stop(folder)
-            raise RuntimeError(f"the nodes did not become ready in {_READY:g} s: look at {folder}/node1.log")
+            log = (folder / f"{waiting[0]['name']}.log").read_text(errors="replace")[-500:]
+            raise RuntimeError(f"the nodes did not become ready in {_READY:g} s; the last lines of the log:\n{log}")
         time.sleep(0.05)
 
 
@@ -169,14 +174,25 @@ def is_ours(pid: int, folder: Path) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Below those that the system gives to outgoing connections: else a client that tries to reach a node that is down
+    may be given that node's own port, and the node cannot be started again."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        port = random.randrange(10_000, 32_000)
+        if port not in chosen and _is_free(port):
+            chosen.append(port)
+    return chosen
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as etcd does: connections that ended do not count
+        try:
+            one.bind(("127.0.0.1", port))
+            one.listen()
+        except OSError:
+            return False
+    return True
 
 
 def make_certificates(folder: Path) -> None:

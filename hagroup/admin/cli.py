@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hagroup.admin import commands, new_host_commands, rebuild_commands, show, sync_commands
+from hagroup.admin import commands, move_commands, new_host_commands, rebuild_commands, show, sync_commands
 from hagroup.admin.backup_commands import backup_app
 from hagroup.admin.clear_commands import clear
 from hagroup.admin.doctor_commands import doctor, recover
@@ -57,6 +57,7 @@ app.add_typer(domain_app, name="domain")
 app.add_typer(journal_app, name="journal")
 app.add_typer(backup_app, name="backup")
 group_app.command("join")(new_host_commands.join)
+journal_app.command("move")(move_commands.move)
 journal_app.command("rebuild")(rebuild_commands.rebuild)
 journal_app.command("adopt")(rebuild_commands.adopt)
 app.command()(verify)

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from hagroup import journal as journals
 from hagroup.admin import commands
 from hagroup.admin.options import (
     DEGRADED,
@@ -36,6 +37,7 @@ from hagroup.engine import rebuild as rebuilding
 from hagroup.errors import ConfigurationError, HAError, JournalUnavailable
 from hagroup.journal import SqliteJournal, open_journal
 from hagroup.journal.clock import SystemClock
+from hagroup.journal.sealed import Sealed, Why
 from hagroup.journal.sqlite import tidy
 
 Keep = Annotated[
@@ -115,16 +117,28 @@ def show(done: rebuilding.Rebuilt) -> None:
     say("each member goes through a full inventory before it serves: `ha-admin sync` does it now")
 
 
-def _sqlite(config: GroupConfig) -> Path:
-    if not isinstance(config.journal.url, SqliteUrl):
-        raise ConfigurationError(f"{config.path}: [journal] url {config.journal.url}: this is no journal on this host")
-    return config.journal.url.path
+def _there(config: GroupConfig) -> bool:
+    """Whether there is anything in the journal's place."""
+    if isinstance(config.journal.url, SqliteUrl):
+        return config.journal.url.path.exists()
+    return journals.EtcdJournal.exists(config.journal)
+
+
+def _refuse_if_elsewhere(config: GroupConfig, sealed: Sealed | None) -> None:
+    if sealed is not None and sealed.why is not Why.MAKING:
+        raise ConfigurationError(
+            f"the journal {config.journal.url} is not the group's any more: {sealed.refusal(config.journal.url)}"
+        )
 
 
 @contextmanager
 def alone(config: GroupConfig) -> Iterator[None]:
-    """One at a time makes the journal anew; what one that was cut off left is removed."""
-    path = _sqlite(config)
+    """One at a time makes the journal anew; what one that was cut off left is removed. (On etcd the sealed head sees
+    to it: of two the later one goes on.)"""
+    if not isinstance(config.journal.url, SqliteUrl):
+        yield
+        return
+    path = config.journal.url.path
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -145,7 +159,7 @@ def alone(config: GroupConfig) -> Iterator[None]:
 
 def _serial(config: GroupConfig) -> str | None:
     """Of the group whose well journal is there: an earlier attempt was cut off just before it was written."""
-    if not _sqlite(config).exists():
+    if not _there(config):
         return None
     try:
         journal = open_journal(config.journal, clock=SystemClock())
@@ -164,10 +178,10 @@ def _is_well(config: GroupConfig) -> bool:
     :raises JournalUnavailable: it is in use just now, or not ours to replace.
     :raises GroupUnavailable: another ha-admin is at work.
     """
-    path = _sqlite(config)
-    if not path.exists():
+    if not _there(config):
         return False
-    SqliteJournal.expect_replaceable(path)
+    if isinstance(config.journal.url, SqliteUrl):
+        SqliteJournal.expect_replaceable(config.journal.url.path)
     try:
         journal = open_journal(config.journal, clock=SystemClock())
     except HAError:
@@ -192,10 +206,17 @@ def _refuse_if_well(config: GroupConfig, *, yes: bool) -> None:
 
 
 def _readable(config: GroupConfig) -> tuple[Former, list[Event], str] | None:
-    """What can still be read of the file that is there, whole: from a copy that is thrown away."""
-    path = _sqlite(config)
-    if not path.exists():
+    """What can still be read of the journal that is there: of a file from a copy that is thrown away."""
+    if not _there(config):
         return None
+    if not isinstance(config.journal.url, SqliteUrl):
+        former = journals.EtcdJournal.open_former(config.journal)
+        try:
+            _refuse_if_elsewhere(config, former.sealed())
+            return rebuilding.former_of(former)
+        finally:
+            former.close()
+    path = config.journal.url.path
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.reading-") as folder:
         copy = Path(folder) / path.name
         try:
@@ -203,8 +224,9 @@ def _readable(config: GroupConfig) -> tuple[Former, list[Event], str] | None:
                 if (there := path.with_name(path.name + end)).exists():
                     shutil.copy2(there, copy.with_name(copy.name + end))
             SqliteJournal.adopt_file(copy)
-            journal = SqliteJournal.open(copy)
+            journal = SqliteJournal.open(copy, for_moving=True)
             try:
+                _refuse_if_elsewhere(config, journal.sealed())
                 return rebuilding.former_of(journal)
             finally:
                 journal.close()
@@ -214,24 +236,24 @@ def _readable(config: GroupConfig) -> tuple[Former, list[Event], str] | None:
 
 
 def adopt(pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False, as_json: Json = False) -> None:
-    """Take over a journal's file that was copied or restored here, as far as the members agree with it.
+    """Take over a journal that was copied or restored here, as far as the members agree with it.
 
     It may be older than the group, and then it would bring back what was destroyed since: so it is made anew from what
-    it knows and what the members know. Nobody may use the other file any more.
+    it knows and what the members know. Nobody may use another copy of it any more.
     """
     config = load(chosen_config())
-    path = _sqlite(config)
-    if not path.exists():
-        raise ConfigurationError(f"{path} does not exist; if it was lost, run `ha-admin journal rebuild`")
+    url = config.journal.url
+    if not _there(config):
+        raise ConfigurationError(f"{url} does not exist; if it was lost, run `ha-admin journal rebuild`")
     _is_well(config)
     label = config.group.label
-    question = f"Make {path} the journal of group {label}, in place of any other? Type the group's label"
+    question = f"Make {url} the journal of group {label}, in place of any other? Type the group's label"
     if not yes and not typed(question, label):
         raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
     with alone(config):
         former = _readable(config)
         if former is None:
             raise ConfigurationError(
-                f"{path} cannot be read; `ha-admin journal rebuild` does without; nothing was changed"
+                f"{url} cannot be read; `ha-admin journal rebuild` does without; nothing was changed"
             )
         _rebuild(config, former, [], pin=(pin_file, pin_env), as_json=as_json)

@@ -54,7 +54,7 @@ def render(config: GroupConfig) -> str:
             ("replay_limit", _size(group.replay_limit), "multi-part input kept for a replay on another member"),
             ("site", group.site and _text(group.site), "where this host is"),
         ),
-        _journal(config.journal, config.folder),
+        journal_section(config.journal, config.folder),
         _section(
             "[timeouts]  # seconds",
             ("call", repr(timeouts.call), "any single operation on one member"),
@@ -266,7 +266,8 @@ def _section(header: str, *keys: tuple[str, str | None, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _journal(journal: JournalSection, folder: Path) -> str:
+def journal_section(journal: JournalSection, folder: Path) -> str:
+    """``[journal]`` as it stands in a file in ``folder``."""
     url = journal.url
     shown = f"sqlite:{_relative(url.path, folder)}" if isinstance(url, SqliteUrl) else str(url)
     return _section(

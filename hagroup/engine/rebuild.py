@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from hagroup import journal as journals
 from hagroup.config.logging import get_logger
-from hagroup.config.model import GroupConfig, MemberConfig, SqliteUrl
+from hagroup.config.model import GroupConfig, JournalSection, MemberConfig, SqliteUrl
 from hagroup.config.pins import Pin
 from hagroup.core.attributes import CKO
 from hagroup.core.calls import Ckr, DeadlinePassed
@@ -46,6 +48,7 @@ from hagroup.engine.token_contents import inventory
 from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable, HAError
 from hagroup.journal import SqliteJournal
 from hagroup.journal.api import Contents, Journal
+from hagroup.journal.epoch import new_epoch
 from hagroup.journal.mirror import Mirror
 from hagroup.journal.sqlite import fold, set_aside
 from hagroup.members import ModuleProblem
@@ -54,6 +57,7 @@ log = get_logger(__name__)
 
 REBUILT = "the journal was rebuilt: a full inventory comes before it serves"
 _EVERYTHING = 2**31
+_COMMAND = "ha-admin journal rebuild"
 _KEYS = (CKO.PRIVATE_KEY, CKO.SECRET_KEY)
 
 
@@ -114,8 +118,6 @@ def rebuild(
     :raises GroupUnavailable: no member that knows the group answered.
     :raises ConfigurationError, DomainMismatch: they are another group's, or a PIN was refused; nothing was changed.
     """
-    if not isinstance(config.journal.url, SqliteUrl):
-        raise ConfigurationError(f"{config.path}: [journal] url {config.journal.url}: this is no journal on this host")
     reached: dict[str, Reached] = {}
     away: dict[str, str] = {}
     timeout = config.timeouts.generate
@@ -177,8 +179,6 @@ def rebuild_from(
     clock: Clock,
 ) -> Rebuilt:
     """:func:`rebuild`, from members that were reached."""
-    assert isinstance(config.journal.url, SqliteUrl)
-    path = config.journal.url.path
     newest = _newest(config, reached, away)
     _same_domain(config, reached)
     mirrored, destroyed = ([], []) if config.journal.mirror is None else Mirror(config.journal.mirror).read()
@@ -194,30 +194,17 @@ def rebuild_from(
     contents = Contents(
         epoch_before=max(newest.epoch, epoch),
         change=found.change,
-        records=found.records,
+        records=[msgspec.structs.replace(one, state=ObjectState.LIVE, intent=None) for one in found.records],
         copies=[copy for copy in found.copies if copy.member in newest.members],
         tombstones=stones,
-        events=[*events, _event(config, found, clock)],
+        events=[*(msgspec.structs.replace(one, number=0) for one in events), _event(config, found, clock)],
     )
     not_replicable = _not_replicable(reached, found, stones, timeout=config.timeouts.generate)
     first, one = next((name, one) for name, one in reached.items() if name in newest.members)
     reference = reference_envelope(one.life.connection, one.keys, timeout=config.timeouts.generate)
     members = _members(config, reached, newest, clock)
-    aside = _aside(path, clock)
-    readable = former is not None and aside is not None and fold(path)
-    if aside is not None and not readable:
-        set_aside(path, aside)
-    SqliteJournal.create(
-        path,
-        aside=aside if readable else None,
-        label=newest.label,
-        serial=newest.group,
-        members=members,
-        domain_key_id=one.keys.domain_key_id,
-        partition_key_id=one.keys.partition_key_id,
-        reference=reference,
-        contents=contents,
-        clock=clock,
+    aside = _make(
+        config.journal, newest, one.keys, members, reference, contents, readable=former is not None, clock=clock
     )
     log.info("journal.rebuilt", objects=len(found.records), by=first)
     return Rebuilt(
@@ -229,8 +216,46 @@ def rebuild_from(
         doubtful=[{"uid": record.uid.hex(), "label": label_of(record), "why": why} for record, why in found.doubtful],
         not_replicable=not_replicable,
         unknown=_unknown(newest, reached, former is not None or config.journal.mirror is not None),
-        aside=None if aside is None else str(aside),
+        aside=aside,
     )
+
+
+def _make(
+    section: JournalSection,
+    newest: Manifest,
+    keys: DomainKeys,
+    members: Sequence[MemberRecord],
+    reference: bytes,
+    contents: Contents,
+    *,
+    readable: bool,
+    clock: Clock,
+) -> str | None:
+    """What is there makes way, and is kept: where."""
+    make: dict[str, Any] = {
+        "label": newest.label,
+        "serial": newest.group,
+        "members": members,
+        "domain_key_id": keys.domain_key_id,
+        "partition_key_id": keys.partition_key_id,
+        "reference": reference,
+        "clock": clock,
+    }
+    if isinstance(section.url, SqliteUrl):
+        path = section.url.path
+        aside = _aside(path, clock)
+        foldable = readable and aside is not None and fold(path)
+        if aside is not None and not foldable:
+            set_aside(path, aside)
+        SqliteJournal.create(path, aside=aside if foldable else None, contents=contents, **make)
+        return None if aside is None else str(aside)
+    there, epoch = journals.EtcdJournal.set_aside(section, _COMMAND, new_epoch(contents.epoch_before)) or (None, None)
+    contents = msgspec.structs.replace(contents, epoch=epoch or new_epoch(contents.epoch_before))
+    journals.EtcdJournal.create(section, contents=contents, command=_COMMAND, **make)
+    made = journals.EtcdJournal.open(section, clock=clock, for_moving=True)
+    made.open_up()
+    made.close()
+    return there
 
 
 def _aside(path: Path, clock: Clock) -> Path | None:

@@ -12,14 +12,23 @@ from typing import TYPE_CHECKING, Any
 from hagroup.config.model import JournalSection, SqliteUrl
 from hagroup.core.clock import Clock
 from hagroup.core.records import MemberRecord
-from hagroup.journal.api import Journal
+from hagroup.journal.api import Contents, Journal
 from hagroup.journal.clock import SystemClock
 from hagroup.journal.sqlite import SqliteJournal
 
 if TYPE_CHECKING:
     from hagroup.journal.etcd import EtcdJournal
 
-__all__ = ["EtcdJournal", "Journal", "SqliteJournal", "SystemClock", "create_journal", "delete_journal", "open_journal"]
+__all__ = [
+    "EtcdJournal",
+    "Journal",
+    "SqliteJournal",
+    "SystemClock",
+    "create_journal",
+    "delete_journal",
+    "open_for_moving",
+    "open_journal",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -54,10 +63,14 @@ def create_journal(
     domain_key_id: bytes,
     partition_key_id: bytes,
     reference: bytes,
+    contents: Contents | None = None,
+    command: str = "",
     clock: Clock,
 ) -> None:
     """Make the journal of a new group where ``[journal]`` says. It appears whole or not at all.
 
+    :param contents: what it begins with where it takes the place of another; see ``create`` of both.
+    :param command: goes on where this is interrupted: until then it is sealed.
     :raises JournalUnavailable: there is one already, or none can be made there.
     """
     if isinstance(section.url, SqliteUrl):
@@ -69,6 +82,8 @@ def create_journal(
             domain_key_id=domain_key_id,
             partition_key_id=partition_key_id,
             reference=reference,
+            contents=contents,
+            command=command,
             clock=clock,
         )
         return
@@ -80,7 +95,17 @@ def create_journal(
         domain_key_id=domain_key_id,
         partition_key_id=partition_key_id,
         reference=reference,
+        contents=contents,
+        command=command,
+        clock=clock,
     )
+
+
+def open_for_moving(section: JournalSection, *, clock: Clock) -> SqliteJournal | EtcdJournal:
+    """Open it although it is sealed: for whoever moves it."""
+    if isinstance(section.url, SqliteUrl):
+        return SqliteJournal.open(section.url.path, clock=clock, for_moving=True)
+    return _etcd().open(section, clock=clock, for_moving=True)
 
 
 def delete_journal(section: JournalSection) -> None:

@@ -78,7 +78,7 @@ class Asking(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Contents(msgspec.Struct, frozen=True, kw_only=True):
-    """What a journal begins with that takes the place of a lost one."""
+    """What a journal begins with that takes the place of another, lost or moved."""
 
     epoch_before: str
     """The newest that is known of; the journal's own is later."""
@@ -86,9 +86,19 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     """Not lower than any change number that is known of."""
     records: list[ObjectRecord]
     copies: list[Copy]
-    """Objects that these members are known to hold; the others owe them as ``install``, to be looked for first."""
+    """Objects that these members are known to hold."""
     tombstones: list[Tombstone]
     events: list[Event] = []
+    """Numbered anew, but for those that have a number."""
+    epoch: str | None = None
+    """Its own; None: the one after ``epoch_before``."""
+    owed: list[OwedRow] | None = None
+    """None: members owe what they are not known to hold as ``install``, to be looked for first."""
+    intents: list[Intent] = []
+    logins: list[LoginRecord] = []
+    seal: Seal | None = None
+    rotation: Rotation | None = None
+    cleared: str = ""
 
 
 class Guarantees(msgspec.Struct, frozen=True):

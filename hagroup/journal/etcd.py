@@ -6,6 +6,9 @@ import secrets
 from collections.abc import Collection, Iterator, Sequence
 from typing import TypeVar
 
+import msgspec
+from msgspec.structs import replace
+
 from hagroup.config.model import JournalSection
 from hagroup.core.clock import Clock
 from hagroup.core.records import (
@@ -19,18 +22,21 @@ from hagroup.core.records import (
 )
 from hagroup.errors import JournalUnavailable
 from hagroup.journal import rules
-from hagroup.journal.api import Asking, Confirmation, Guarantees
+from hagroup.journal.api import Asking, Confirmation, Contents, Guarantees
 from hagroup.journal.changing import Changing
 from hagroup.journal.clearing import Clearing
 from hagroup.journal.clock import SystemClock
 from hagroup.journal.epoch import new_epoch
 from hagroup.journal.etcd_client import EtcdClient, after_all, b64
+from hagroup.journal.etcd_filling import Filler
 from hagroup.journal.etcd_keys import Head, Keys, encode, part
 from hagroup.journal.etcd_reading import EtcdReading
 from hagroup.journal.membership import Members
+from hagroup.journal.moving import Moving
 from hagroup.journal.notes import Notes
 from hagroup.journal.owing import Owing
 from hagroup.journal.rotating import Rotating
+from hagroup.journal.sealed import Sealed, Why
 from hagroup.journal.transaction import one_transaction
 
 T = TypeVar("T")
@@ -39,7 +45,7 @@ _OBJECTS = 12
 """Objects in one transaction: etcd takes 128 operations, and an object is up to five with three members."""
 
 
-class EtcdJournal(Changing, Owing, Members, Notes, Clearing, Rotating, EtcdReading):
+class EtcdJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Moving, EtcdReading):
     """See :class:`hagroup.journal.api.Journal`. Any thread may use it.
 
     Where the contract says "one transaction" for many rows at once, rows of different objects may here be written by
@@ -60,15 +66,21 @@ class EtcdJournal(Changing, Owing, Members, Notes, Clearing, Rotating, EtcdReadi
         domain_key_id: bytes,
         partition_key_id: bytes,
         reference: bytes,
+        contents: Contents | None = None,
+        command: str = "",
+        clock: Clock | None = None,
     ) -> None:
         """Make the journal of a new group. It appears whole or not at all.
 
+        :param contents: what it begins with where it takes the place of another. Then it is left sealed
+            (:meth:`open_up`), and what an earlier attempt with the same ``contents.epoch`` left is done again.
+        :param command: completes it, where this is interrupted.
         :raises JournalUnavailable: there is a journal of this name already, or etcd cannot be reached.
         """
         head = Head(
             label=label,
             serial=serial,
-            epoch=new_epoch(None),
+            epoch=new_epoch(None) if contents is None else contents.epoch or new_epoch(contents.epoch_before),
             membership_revision=1,
             domain_key_id=domain_key_id,
             partition_key_id=partition_key_id,
@@ -78,39 +90,110 @@ class EtcdJournal(Changing, Owing, Members, Notes, Clearing, Rotating, EtcdReadi
         client = EtcdClient(section)
         keys = Keys(client.url.name)
         try:
-            puts = {keys.group: encode(head)}
-            for member in members:
-                puts[f"{keys.members}{part(member.name)}"] = encode(member)
-                puts[f"{keys.announced}{part(member.name)}"] = b""
-            mark = secrets.token_hex(8)
-            puts[f"{keys.root}x/made"] = mark.encode()
-            nothing = {"key": b64(keys.root), "range_end": b64(after_all(keys.root)), "target": "CREATE"}
-            answer = client.call(
-                "/kv/txn",
-                {
-                    "compare": [{**nothing, "result": "EQUAL", "create_revision": "0"}],
-                    "success": [{"request_put": {"key": b64(key), "value": b64(value)}} for key, value in puts.items()],
-                },
-            )
-            if answer.get("succeeded"):
+            if contents is None:
+                puts = {keys.group: encode(head)}
+                for member in members:
+                    puts[f"{keys.members}{part(member.name)}"] = encode(member)
+                    puts[f"{keys.announced}{part(member.name)}"] = b""
+                cls._begin(client, keys, puts)
                 return
-            made = client.get(f"{keys.root}x/made")  # the first answer may have been lost
-            if made is None or made.value != mark.encode():
-                raise JournalUnavailable(
-                    f"there is a journal {client.url} already: it was left as it is; choose another name in [journal] "
-                    "url"
-                )
+            sealed = Sealed(Why.MAKING, command, head.epoch)
+            head = replace(head, sealed=sealed, cleared=contents.cleared, rotation=contents.rotation)
+            there = client.get(keys.group)
+            if there is None or msgspec.msgpack.decode(there.value, type=Head).sealed != sealed:
+                cls._begin(client, keys, {keys.group: encode(head)})
+            else:
+                client.call("/kv/put", {"key": b64(keys.group), "value": b64(encode(head))})
+            Filler(client, keys).fill(members, contents, boot=(clock or SystemClock()).boot_id())
         finally:
             client.close()
 
     @classmethod
-    def open(cls, section: JournalSection, *, clock: Clock | None = None, read_only: bool = False) -> EtcdJournal:
+    def exists(cls, section: JournalSection) -> bool:
+        """Whether there is anything below its name.
+
+        :raises JournalUnavailable: etcd cannot be reached.
+        """
+        client = EtcdClient(section)
+        try:
+            return client.count(Keys(client.url.name).root) > 0
+        finally:
+            client.close()
+
+    @staticmethod
+    def _begin(client: EtcdClient, keys: Keys, puts: dict[str, bytes]) -> None:
+        """Where there is nothing yet."""
+        mark = secrets.token_hex(8)
+        puts[f"{keys.root}x/made"] = mark.encode()
+        nothing = {"key": b64(keys.root), "range_end": b64(after_all(keys.root)), "target": "CREATE"}
+        answer = client.call(
+            "/kv/txn",
+            {
+                "compare": [{**nothing, "result": "EQUAL", "create_revision": "0"}],
+                "success": [{"request_put": {"key": b64(key), "value": b64(value)}} for key, value in puts.items()],
+            },
+        )
+        if answer.get("succeeded"):
+            return
+        made = client.get(f"{keys.root}x/made")  # the first answer may have been lost
+        if made is None or made.value != mark.encode():
+            raise JournalUnavailable(
+                f"there is a journal {client.url} already: it was left as it is; choose another name in [journal] url"
+            )
+
+    @classmethod
+    def set_aside(cls, section: JournalSection, command: str, epoch: str) -> tuple[str, str] | None:
+        """Make way for another: a copy is kept under another name, and what is there is sealed until ``create`` with
+        the epoch that is returned has put the other in its place. May be done twice.
+
+        :return: where the copy is, and the epoch; None: there is nothing.
+        """
+        client = EtcdClient(section)
+        keys = Keys(client.url.name)
+        try:
+            there = client.get(keys.group)
+            if there is None:
+                return None
+            head = msgspec.msgpack.decode(there.value, type=Head)
+            if head.sealed is None or head.sealed.why is not Why.MAKING:
+                head = replace(head, sealed=Sealed(Why.MAKING, command, epoch))
+                client.call("/kv/put", {"key": b64(keys.group), "value": b64(encode(head))})
+            assert head.sealed is not None
+            aside = replace(client.url, name=f"{client.url.name}.replaced-{head.sealed.epoch}")
+            others = Keys(aside.name)
+            if client.get(f"{others.root}x/aside") is None:
+                kept = ((others.root + one.key.removeprefix(keys.root), one.value) for one in client.pages(keys.root))
+                Filler(client, keys).put(kept)
+                client.call("/kv/put", {"key": b64(f"{others.root}x/aside"), "value": ""})
+            return str(aside), head.sealed.epoch
+        finally:
+            client.close()
+
+    @classmethod
+    def open_former(cls, section: JournalSection, *, clock: Clock | None = None) -> EtcdJournal:
+        """What is there, for reading; or what was, where it was set aside and the other is not in its place yet."""
+        journal = cls.open(section, clock=clock, read_only=True, for_moving=True)
+        sealed = journal._mirror.head.sealed
+        if sealed is None or sealed.why is not Why.MAKING:
+            return journal
+        aside = replace(journal._client.url, name=f"{journal._client.url.name}.replaced-{sealed.epoch}")
+        if journal._client.get(f"{Keys(aside.name).root}x/aside") is None:
+            return journal
+        journal.close()
+        return cls.open(replace(section, url=aside), clock=clock, read_only=True, for_moving=True)
+
+    @classmethod
+    def open(
+        cls, section: JournalSection, *, clock: Clock | None = None, read_only: bool = False, for_moving: bool = False
+    ) -> EtcdJournal:
         """Open it, and register this process as an owner.
 
         :param read_only: for looking only: no registration, every change is refused.
-        :raises JournalUnavailable: there is none, or no quorum answers.
+        :param for_moving: by the one who moves it: although it is sealed.
+        :raises JournalUnavailable: there is none, or no quorum answers; or it is being moved, or is not complete.
+        :raises JournalMismatch: it was moved elsewhere.
         """
-        journal = cls(section, clock or SystemClock(), read_only=read_only)
+        journal = cls(section, clock or SystemClock(), read_only=read_only, for_moving=for_moving)
         journal._start()
         return journal
 
@@ -147,6 +230,11 @@ class EtcdJournal(Changing, Owing, Members, Notes, Clearing, Rotating, EtcdReadi
                 f"{', '.join(passed_over)} did not acknowledge {what}: cut off, or frozen",
                 data={"clients": " ".join(passed_over)},
             )
+
+    def begin_move(self, to: str, *, at_once: bool = False) -> Sealed | None:
+        if not at_once and any(one.doubt_since is None for row in self.owed() for one in row.attempts):
+            return None
+        return super().begin_move(to, at_once=at_once)
 
     # -- many rows -----------------------------------------------------------------------------------------------
 

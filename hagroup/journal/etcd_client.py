@@ -28,6 +28,7 @@ TIMEOUT = 1.0
 PATIENCE = 5.0
 """Seconds over all endpoints: an election takes one to two and a half."""
 _CONNECTIONS = 32
+_PAGE = 200
 
 Json = dict[str, Any]
 
@@ -259,6 +260,18 @@ class EtcdClient:
     def prefix(self, prefix: str, **more: Any) -> list[Pair]:
         """All keys with the prefix, as of one instant."""
         return [pair(one) for one in self.call("/kv/range", range_of(prefix, after_all(prefix), **more)).get("kvs", [])]
+
+    def pages(self, prefix: str) -> Iterator[Pair]:
+        """All keys with the prefix, as of one instant, however many."""
+        revision, start = 0, prefix
+        while True:
+            answer = self.call("/kv/range", range_of(start, after_all(prefix), revision=revision, limit=_PAGE))
+            revision = revision or int(answer["header"]["revision"])
+            found = [pair(one) for one in answer.get("kvs", [])]
+            yield from found
+            if not answer.get("more"):
+                return
+            start = found[-1].key + "\0"
 
     def count(self, prefix: str) -> int:
         asked = range_of(prefix, after_all(prefix), count_only=True)

@@ -29,6 +29,7 @@ from urllib.parse import quote
 import msgspec
 
 from hagroup.core.records import Copy, Intent, Locator, LoginRecord, ObjectRecord, OwedRow, Rotation
+from hagroup.journal.sealed import Sealed
 
 VERSION = 1
 
@@ -50,8 +51,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     """New members whose rows are not all written yet: not admitted before."""
     cleared: str = ""
     rotation: Rotation | None = None
-    sealed: str | None = None
-    """Where the journal was moved to: nothing is changed here any more."""
+    sealed: Sealed | None = None
     version: int = VERSION
 
 

@@ -21,11 +21,11 @@ from msgspec.structs import replace
 
 from hagroup.config.model import JournalSection
 from hagroup.core.clock import Clock
-from hagroup.core.records import Intent
-from hagroup.errors import JournalMismatch, JournalOutcomeUnknown, JournalUnavailable
+from hagroup.core.records import Intent, OwedRow
+from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import owners
 from hagroup.journal.etcd_client import EtcdClient, Json, Unanswered, b64, pair, range_of
-from hagroup.journal.etcd_keys import Keys, encode
+from hagroup.journal.etcd_keys import Document, Keys, encode
 from hagroup.journal.etcd_mirror import TTL, Mirror
 from hagroup.journal.etcd_times import SeenTimes
 from hagroup.journal.etcd_transaction import Conflict, EtcdTransaction, OwnerLost
@@ -45,11 +45,13 @@ _opened: weakref.WeakSet[EtcdOpened] = weakref.WeakSet()
 class EtcdOpened(Writer):
     """What the parts of :class:`EtcdJournal` share."""
 
-    def __init__(self, section: JournalSection, clock: Clock, *, read_only: bool = False) -> None:
+    def __init__(
+        self, section: JournalSection, clock: Clock, *, read_only: bool = False, for_moving: bool = False
+    ) -> None:
         self._client = EtcdClient(section)
         self._keys = Keys(self._client.url.name)
         self._clock = clock
-        self._read_only = read_only
+        self._read_only, self._for_moving = read_only, for_moving
         self._closed = self._forked = False
         self.owner = ""
         _opened.add(self)
@@ -77,6 +79,10 @@ class EtcdOpened(Writer):
         except BaseException:
             self._leave()
             raise
+        if self._mirror.head.sealed is not None and not self._for_moving:
+            self._mirror.stop()
+            self._leave()
+            raise self._mirror.head.sealed.refusal_to_open(self._client.url)
 
     # -- owners --------------------------------------------------------------------------------------------------
 
@@ -104,7 +110,10 @@ class EtcdOpened(Writer):
         now, and what it had begun is others' to finish."""
         if self._read_only:
             return True
-        kept = self._client.keep_alive(self._lease, patience=0, always=True)
+        owner = range_of(f"{self._keys.owners}{self.owner}", keys_only=True)
+        kept = self._client.keep_alive(self._lease, patience=0, always=True) and bool(
+            self._client.call("/kv/range", owner).get("kvs")  # gone where the journal was made anew
+        )
         if not kept:
             self._register()
         with contextlib.suppress(JournalUnavailable):  # the next time
@@ -133,6 +142,15 @@ class EtcdOpened(Writer):
             if not waiting & living or time.monotonic() > deadline:
                 return sorted(waiting)
             time.sleep(0.01)
+
+    def _seen_here(self, document: Document) -> Document:
+        """With times that mean something here. What this process asked for before its registration ran out is still
+        its own where nobody found out that it had: it can tell what came of it."""
+        document = self._times.localised(document)
+        former = self.former_owners
+        if not former or not document.owed:
+            return document
+        return replace(document, owed={name: _renamed(row, former, self.owner) for name, row in document.owed.items()})
 
     def owner_alive(self, owner: str) -> bool:
         """Whether that owner's registration is kept."""
@@ -177,13 +195,10 @@ class EtcdOpened(Writer):
             boot=self._clock.boot_id(),
             history=lambda: self._long_lease(_HISTORY),
             owner_lease=self._lease,
-            localised=self._times.localised,
+            localised=self._seen_here,
         )
-        if transaction.sealed is not None:
-            raise JournalMismatch(
-                f"the journal {self._client.url} is sealed ({transaction.sealed}): nothing was changed; correct "
-                "[journal] url"
-            )
+        if transaction.sealed is not None and not self._for_moving:
+            raise transaction.sealed.refusal(self._client.url)
         yield transaction
         self._commit(transaction)
 
@@ -334,6 +349,13 @@ class EtcdOpened(Writer):
             self._leave()
             self._client.close()
         _opened.discard(self)
+
+
+def _renamed(row: OwedRow, former: frozenset[str], owner: str) -> OwedRow:
+    attempts = tuple(
+        replace(one, owner=owner) if one.doubt_since is None and one.owner in former else one for one in row.attempts
+    )
+    return replace(row, owner=owner if row.owner in former else row.owner, attempts=attempts)
 
 
 def _last(key: str) -> str:

@@ -29,6 +29,7 @@ from hagroup.journal.etcd_client import Pair, Unanswered, after_all, b64, pair, 
 from hagroup.journal.etcd_keys import Document, KeptEvent, KeptLease, KeptLogin
 from hagroup.journal.etcd_opened import EtcdOpened
 from hagroup.journal.etcd_transaction import group_record, only_listed, read_all, snapshot
+from hagroup.journal.sealed import Sealed, Why
 
 _decode = msgspec.msgpack.decode
 _BATCH = 100
@@ -49,7 +50,13 @@ class EtcdReading(EtcdOpened):
 
     def changes(self, since: int, epoch: str) -> Changes:
         self._check_usable()
+        sealed = self._mirror.head.sealed
+        if sealed is not None and sealed.why is Why.MOVED and not self._for_moving:
+            raise sealed.refusal(self._client.url)
         return self._mirror.changes(since, epoch)
+
+    def sealed(self) -> Sealed | None:
+        return self._mirror.head.sealed
 
     # -- group ---------------------------------------------------------------------------------------------------
 
@@ -92,7 +99,7 @@ class EtcdReading(EtcdOpened):
         if not found:
             return Document(uid=uid)
         document = _decode(pair(found[0]).value, type=Document)
-        return only_listed(self._times.localised(document), self._mirror.head.members)
+        return only_listed(self._seen_here(document), self._mirror.head.members)
 
     def object(self, uid: bytes) -> ObjectRecord | None:
         return self._document(uid).record
@@ -125,7 +132,7 @@ class EtcdReading(EtcdOpened):
         listed = self._mirror.head.members
         for kept in self._mirror.documents():
             if kept.owed:
-                yield from only_listed(self._times.localised(kept), listed).owed.values()
+                yield from only_listed(self._seen_here(kept), listed).owed.values()
 
     def owed(
         self, member: str | None = None, *, doubtful: bool | None = None, limit: int | None = None

@@ -50,6 +50,7 @@ from hagroup.journal.etcd_keys import (
     encode,
     part,
 )
+from hagroup.journal.sealed import Sealed
 from hagroup.journal.transaction import Transaction, Trying
 
 decode = msgspec.msgpack.decode
@@ -240,10 +241,6 @@ class EtcdTransaction(Transaction):
         self._documents[uid] = (modified, before, replace(after, **values))
 
     @property
-    def sealed(self) -> str | None:
-        return self._head.sealed
-
-    @property
     def shows(self) -> bool:
         """Whether it writes what others watch."""
         return any(key.startswith(self._keys.view) for key in (*self._puts, *self._deletes))
@@ -325,6 +322,18 @@ class EtcdTransaction(Transaction):
     @property
     def membership_revision(self) -> int:
         return self._head.membership_revision
+
+    @property
+    def sealed(self) -> Sealed | None:
+        return self._head.sealed
+
+    def seal(self, sealed: Sealed | None) -> None:
+        self._head = replace(self._head, sealed=sealed)
+        self.touch_all()
+
+    def under_way(self) -> bool:
+        """(Of the rows, see :meth:`EtcdJournal.begin_move`.)"""
+        return bool(self._scan(self._keys.intents))
 
     def write_group(self) -> None:
         """Everybody who read it before has to begin again: a barrier."""
@@ -504,10 +513,6 @@ class EtcdTransaction(Transaction):
 
     def filled(self, member: str) -> None:
         self._head = replace(self._head, filling=tuple(one for one in self._head.filling if one != member))
-
-    def seal(self, why: str | None) -> None:
-        """No transaction but one that takes it off commits from here on."""
-        self._head = replace(self._head, sealed=why)
 
     def announce(self, names: Iterable[str]) -> None:
         for name in names:

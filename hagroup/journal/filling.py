@@ -1,24 +1,23 @@
-"""What a SQLite journal begins with that takes the place of a lost one."""
+"""What a SQLite journal begins with that takes the place of another."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
-from msgspec.structs import replace
-
-from hagroup.core.records import ObjectState, OwedKind, OwedRow
+from hagroup.core.records import ObjectState
 from hagroup.journal import rows
 from hagroup.journal.api import Contents
+from hagroup.journal.moving import owed_at_first
 from hagroup.journal.sqlite_transaction import SqliteTransaction
 
 
-def fill(t: SqliteTransaction, contents: Contents, members: Collection[str]) -> None:
+def fill(t: SqliteTransaction, contents: Contents, members: Sequence[str]) -> None:
     """Into a journal that has these members and nothing else."""
     t.head.change = contents.change
     marks = ", ".join("?" * len(rows.OBJECT_WRITTEN.split(", ")))
     t.sql.executemany(
         f"INSERT INTO objects ({rows.OBJECT_WRITTEN}) VALUES ({marks})",
-        [rows.from_object(replace(one, state=ObjectState.LIVE, intent=None)) for one in contents.records],
+        [rows.from_object(one) for one in contents.records],
     )
     t.sql.executemany(
         f"INSERT INTO copies ({rows.COPY}) VALUES (?, ?, ?, ?)", [rows.from_copy(one) for one in contents.copies]
@@ -27,28 +26,25 @@ def fill(t: SqliteTransaction, contents: Contents, members: Collection[str]) -> 
         "INSERT INTO tombstones VALUES (?, ?, ?, ?, ?)", [rows.from_tombstone(one) for one in contents.tombstones]
     )
     t.sql.executemany(
-        "INSERT INTO events (time, kind, member, text, data) VALUES (?, ?, ?, ?, ?)",
-        [(one.time, one.kind, one.member, one.text, rows.encode(one.data)) for one in contents.events],
-    )
-    held = {(one.member, one.uid) for one in contents.copies}
-    t.insert_owed(
+        "INSERT INTO events (number, time, kind, member, text, data) VALUES (?, ?, ?, ?, ?, ?)",
         [
-            OwedRow(
-                member=member,
-                uid=record.uid,
-                kind=OwedKind.INSTALL,
-                revision=record.revision,
-                owner=None,
-                locators=(),
-                reason=None,
-                change=t.change,
-                asked_before=True,
-            )
-            for record in contents.records
-            for member in members
-            if (member, record.uid) not in held
-        ]
+            (one.number or None, one.time, one.kind, one.member, one.text, rows.encode(one.data))
+            for one in contents.events
+        ],
     )
+    t.insert_owed(owed_at_first(contents, members))
+    for intent in contents.intents:
+        t.add_intent(intent)
+    for login in contents.logins:
+        t.put_login(login)
+    if contents.seal is not None:
+        t.put_seal(contents.seal)
+    if contents.rotation is not None:
+        t.update_identity(rotation=contents.rotation)
+    if contents.cleared:
+        t.update_identity(cleared=contents.cleared)
     t.announce(members)
-    t.head.live, t.head.tombstones = len(contents.records), len(contents.tombstones)
+    t.head.live = sum(one.state is ObjectState.LIVE for one in contents.records)
+    t.head.creating = len(contents.records) - t.head.live
+    t.head.tombstones = len(contents.tombstones)
     t.touch_all()

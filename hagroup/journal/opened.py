@@ -29,8 +29,9 @@ _opened: weakref.WeakSet[Opened] = weakref.WeakSet()
 class Opened(Writer):
     """What the parts of :class:`SqliteJournal` share."""
 
-    def __init__(self, database: Database, clock: Clock) -> None:
+    def __init__(self, database: Database, clock: Clock, *, for_moving: bool = False) -> None:
         self._database = database
+        self._for_moving = for_moving
         self._clock = clock
         self._locks = owners.folder_of(database.path)
         self._registration: owners.Registration | None = None
@@ -58,6 +59,9 @@ class Opened(Writer):
                 wall=self._clock.wall(),
                 alive=self.owner_alive,
             )
+            sealed = None if self._for_moving else transaction.sealed
+            if sealed is not None:
+                raise sealed.refusal(f"sqlite:{self._database.path}")
             yield transaction
             number = transaction.finish()
         if number is not None:

@@ -22,7 +22,8 @@ from hagroup.core.records import (
 )
 from hagroup.journal import rows
 from hagroup.journal.opened import Opened
-from hagroup.journal.sqlite_transaction import read_group, read_head, read_members
+from hagroup.journal.sealed import Sealed, Why
+from hagroup.journal.sqlite_transaction import read_group, read_head, read_members, read_sealed
 
 T = TypeVar("T")
 
@@ -37,6 +38,9 @@ class Reading(Opened):
     def changes(self, since: int, epoch: str) -> Changes:
         def query(connection: sqlite3.Connection) -> Changes:
             head = read_head(connection)
+            sealed = read_sealed(connection)
+            if sealed is not None and sealed.why is Why.MOVED and not self._for_moving:
+                raise sealed.refusal(f"sqlite:{self._database.path}")
             if epoch != head.epoch or since < head.moved_from or since > head.change:
                 return Changes(change=head.change, uids=frozenset(), members=True, everything=True)
             found = connection.execute(
@@ -48,6 +52,9 @@ class Reading(Opened):
             return Changes(change=head.change, uids=uids, members=head.members_change > since)
 
         return self._read(query)
+
+    def sealed(self) -> Sealed | None:
+        return self._read(read_sealed)
 
     def group(self) -> GroupRecord:
         return self._read(lambda connection: read_group(connection, read_head(connection)))

@@ -176,6 +176,11 @@ CREATE TABLE events (
     data   BLOB NOT NULL
 ) STRICT;
 
+CREATE TABLE sealed (
+    only   INTEGER PRIMARY KEY CHECK (only = 1),  -- no row: changes are taken
+    sealed BLOB NOT NULL
+) STRICT;
+
 CREATE TABLE seal (
     only INTEGER PRIMARY KEY CHECK (only = 1),
     seal BLOB NOT NULL
@@ -196,6 +201,9 @@ def complete(connection: sqlite3.Connection) -> None:
     """What a journal of this version that was made earlier may lack."""
     connection.execute(
         "CREATE TABLE IF NOT EXISTS seal (only INTEGER PRIMARY KEY CHECK (only = 1), seal BLOB NOT NULL) STRICT"
+    )
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS sealed (only INTEGER PRIMARY KEY CHECK (only = 1), sealed BLOB NOT NULL) STRICT"
     )
 
 

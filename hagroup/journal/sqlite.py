@@ -24,14 +24,16 @@ from hagroup.journal.database import BUSY_TIMEOUT, Database, unavailable
 from hagroup.journal.epoch import new_epoch
 from hagroup.journal.filling import fill
 from hagroup.journal.membership import Members
+from hagroup.journal.moving import Moving
 from hagroup.journal.notes import Notes
 from hagroup.journal.owing import Owing
 from hagroup.journal.reading import Reading
 from hagroup.journal.rotating import Rotating
-from hagroup.journal.sqlite_transaction import Head, SqliteTransaction
+from hagroup.journal.sealed import Sealed, Why
+from hagroup.journal.sqlite_transaction import Head, SqliteTransaction, read_sealed
 
 
-class SqliteJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Reading):
+class SqliteJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Moving, Reading):
     """See :class:`hagroup.journal.api.Journal`. Any thread may use it.
 
     Never open the file otherwise (``open``, ``shutil.copy``) in a process that has it open here: closing any
@@ -52,12 +54,14 @@ class SqliteJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Reading
         partition_key_id: bytes,
         reference: bytes,
         contents: Contents | None = None,
+        command: str = "",
         aside: Path | None = None,
         clock: Clock | None = None,
     ) -> None:
         """Make the journal of a new group. It appears whole or not at all.
 
-        :param contents: what is known of the group where its journal was lost.
+        :param contents: what is known of the group where its journal was lost, or is moved here.
+        :param command: it is left sealed (:meth:`open_up`); this command goes on from there.
         :param aside: the file that is there is kept under this name; at every instant one of the two is there. It is
             one that :func:`fold` could fold.
 
@@ -83,7 +87,8 @@ class SqliteJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Reading
                     connection.execute("PRAGMA synchronous = FULL")
                     connection.execute("BEGIN IMMEDIATE")
                     schema.install(connection)
-                    _fill(connection, new_epoch(None if contents is None else contents.epoch_before), clock.boot_id())
+                    epoch = new_epoch(None) if contents is None else contents.epoch or new_epoch(contents.epoch_before)
+                    _fill(connection, epoch, clock.boot_id())
                     connection.execute(
                         "INSERT INTO identity (only, label, serial, domain_key_id, partition_key_id, reference, "
                         "machine, inode, device) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -105,6 +110,8 @@ class SqliteJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Reading
                         t.insert_member(member)
                     if contents is not None:
                         fill(t, contents, [member.name for member in members])
+                    if command:
+                        t.seal(Sealed(Why.MAKING, command, epoch))
                     t.head.membership_revision = 1
                     t.finish()
                     connection.execute("COMMIT")
@@ -130,21 +137,26 @@ class SqliteJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Reading
         *,
         clock: Clock | None = None,
         read_only: bool = False,
+        for_moving: bool = False,
         busy_timeout: float = BUSY_TIMEOUT,
     ) -> SqliteJournal:
         """Open it, register this process as an owner, and tidy up after dead ones.
 
         :param read_only: for looking only: no registration, every change is refused.
-        :raises JournalUnavailable: missing, damaged, not a journal, of a newer format, or others may write it.
-        :raises JournalMismatch: a copy, or restored from a backup.
+        :param for_moving: by the one who moves it: although it is sealed.
+        :raises JournalUnavailable: missing, damaged, not a journal, of a newer format, or others may write it; or it is
+            being moved.
+        :raises JournalMismatch: a copy, or restored from a backup; or it was moved elsewhere.
         """
         path = Path(path)
         _expect_bound(path)
         database = Database(path, read_only=read_only, busy_timeout=busy_timeout)
-        journal = cls(database, clock or SystemClock())
+        journal = cls(database, clock or SystemClock(), for_moving=for_moving)
         try:
             journal._attach()
-            journal._read(lambda connection: None)
+            sealed = journal._read(read_sealed)
+            if sealed is not None and not for_moving:
+                raise sealed.refusal_to_open(f"sqlite:{path}")
             if not read_only:
                 journal._register()
         except BaseException:

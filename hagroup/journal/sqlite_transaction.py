@@ -27,6 +27,7 @@ from hagroup.core.records import (
 )
 from hagroup.journal import rows, schema
 from hagroup.journal.epoch import new_epoch
+from hagroup.journal.sealed import Sealed
 from hagroup.journal.transaction import Transaction, Trying
 
 OPEN = "outcome IS NULL"
@@ -57,6 +58,13 @@ def read_head(connection: sqlite3.Connection) -> Head:
     return Head(*connection.execute(f"SELECT {_HEAD} FROM head").fetchone())
 
 
+def read_sealed(connection: sqlite3.Connection) -> Sealed | None:
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'sealed'").fetchone():
+        return None  # made by an earlier version, and not opened by this one yet
+    found = connection.execute("SELECT sealed FROM sealed").fetchone()
+    return None if found is None else msgspec.msgpack.decode(found[0], type=Sealed)
+
+
 class SqliteTransaction(Transaction):
     """Inside BEGIN IMMEDIATE ... COMMIT, for one owner."""
 
@@ -73,6 +81,22 @@ class SqliteTransaction(Transaction):
         self._changed = False
         self._noticed = False
         self._moved: set[bytes] = set()
+
+    # -- the whole -----------------------------------------------------------------------------------------------
+
+    @property
+    def sealed(self) -> Sealed | None:
+        return read_sealed(self.sql)
+
+    def seal(self, sealed: Sealed | None) -> None:
+        self.sql.execute("DELETE FROM sealed")
+        if sealed is not None:
+            self.sql.execute("INSERT INTO sealed VALUES (1, ?)", (rows.encode(sealed),))
+        self.touch_all()
+
+    def under_way(self) -> bool:
+        rows_ = rows.load_owed(self.sql, "w.attempts IS NOT NULL", ())
+        return self.head.intents > 0 or any(a.doubt_since is None for row in rows_ for a in row.attempts)
 
     # -- numbers -------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from hagroup.core.records import (
 from hagroup.journal import rules
 from hagroup.journal.api import LeaseLost, StaleMembership
 from hagroup.journal.rules import Asker, Situation
+from hagroup.journal.sealed import Sealed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,6 +76,17 @@ class Transaction(ABC):
     @abstractmethod
     def notice(self) -> None:
         """Others look again, although no change number moves."""
+
+    @property
+    @abstractmethod
+    def sealed(self) -> Sealed | None: ...
+    @abstractmethod
+    def seal(self, sealed: Sealed | None) -> None:
+        """No transaction commits from here on, but those of the one who moves the journal. All look again."""
+
+    @abstractmethod
+    def under_way(self) -> bool:
+        """Whether an intent is open, or some owner waits for a member's answer."""
 
     # -- objects, copies -----------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from hagroup.journal import EtcdJournal
 from hagroup.journal.etcd_client import EtcdClient, Unanswered, b64
 from tests.support.etcd import EtcdBackend, one_node
 from tests.support.groups import wait_until
-from tests.support.journals import confirm, installed, make_live, member, new_object, revision_of
+from tests.support.journals import ask, confirm, installed, make_live, member, new_object, revision_of
 
 
 @pytest.fixture
@@ -191,3 +191,21 @@ def test_who_lost_his_registration_while_nobody_answered_comes_back_by_himself(
     record = make_live(journal, "a")
     assert other.object(record.uid) == record
     assert not other.owner_alive(before)
+
+
+def test_a_reply_counts_although_the_registration_ran_out_meanwhile(
+    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as nobody else found out that it had, and took over."""
+    monkeypatch.setattr("hagroup.journal.etcd_mirror._KEEP_ALIVE", 0.05)
+    journal, other = backend.open(), backend.open()
+    records = [new_object(), new_object()]
+    for record in records:
+        journal.begin_create([record], asking=ask("a"), membership_revision=revision_of(journal))
+    before = journal.owner
+    other._client.revoke(journal._lease)
+    wait_until(lambda: journal.owner != before, "it registers anew")
+    assert other.claim([("a", records[1].uid)], worker=None, membership_revision=1)
+    assert confirm(journal, installed("a", records[0])) == [True]
+    assert confirm(journal, installed("a", records[1])) == [False], "undone by him, then made anew"
+    assert "a" not in other.placement(records[0].uid)[1]
