@@ -87,7 +87,7 @@ class GroupEngine:
         self._session_objects: dict[bytes, SessionObject] = {}
         self._pid = os.getpid()
         self._closed = False
-        self._without_journal: str | None = None
+        self._unusable: str | None = None
         """Why this process, forked from the one that opened the group, cannot use it."""
         self.roster.wake = self.supervisor.wake
         self.roster.on_new_keys = self._seal_session_objects_anew
@@ -178,8 +178,8 @@ class GroupEngine:
 
     def follow(self) -> None:
         """Before every operation: drop what others changed (DESIGN.md 4.5)."""
-        if self._without_journal is not None:
-            raise JournalUnavailable(self._without_journal)
+        if self._unusable is not None:
+            raise JournalUnavailable(self._unusable)
         self.view.refresh()
         self.roster.follow_journal()
 
@@ -300,27 +300,26 @@ class GroupEngine:
         self.supervisor = Supervisor(self.roster, self.view, self.journal, self.replicator, self.clock, self.close)
         self._repairs = self._report_to(self.supervisor)
         self.roster.wake = self.supervisor.wake
-        self._begin_after_fork()
-
-    def _begin_after_fork(self) -> None:
-        """Without the journal nothing can begin here; other groups of this process are not held up by it."""
-        try:
-            self.journal.reopen_after_fork()
-            self.view.renew_after_fork()
-        except Exception as error:
-            self._without_journal = (
-                f"this process was forked while the group's journal could not be opened ({error}): when it can be, "
-                "call the library's reinitialize()"
-            )
-            log.warning("journal.unavailable", error=self._without_journal)
-            return
+        self.journal.reopen_after_fork()
+        self.view.renew_after_fork()
         if self._supervised:
             self.supervisor.start()
+
+    def unusable_after_fork(self, why: Exception) -> None:
+        """Whoever uses it here is told so; the parent's threads and connections that it may still have are not ours."""
+        self._unusable = (
+            f"this process was forked while the group's journal could not be opened ({why}): when it can be, call the "
+            "library's reinitialize()"
+        )
+        log.warning("group.unusable-after-fork", error=self._unusable)
 
 
 def _child() -> None:
     for group in list(_groups):
-        group.renew_after_fork()
+        try:
+            group.renew_after_fork()
+        except Exception as error:  # whatever it is, the other groups of this process are not held up by it
+            group.unusable_after_fork(error)
 
 
 os.register_at_fork(after_in_child=_child)

@@ -194,8 +194,8 @@ MUTATIONS = (
         "view number not compared",
         "a process goes on using what another one destroyed (4.5)",
         "hagroup/engine/group.py",
-        "            raise JournalUnavailable(self._without_journal)\n        self.view.refresh()\n",
-        "            raise JournalUnavailable(self._without_journal)\n",
+        "            raise JournalUnavailable(self._unusable)\n        self.view.refresh()\n",
+        "            raise JournalUnavailable(self._unusable)\n",
         f"{PROTOCOL}::test_what_another_process_destroyed_is_refused",
     ),
 )

@@ -111,9 +111,11 @@ def test_stopped_member_is_told_everywhere_within_the_bound(group: GroupFixture)
 def test_hung_member_is_told_within_the_bound(group: GroupFixture) -> None:
     """It answers nothing at all: each heartbeat costs its timeout, and only its own."""
     hook, told = make_hook(group.folder)
-    configure(group, hook)
+    port = free_port()
+    configure(group, hook, f'listen = "127.0.0.1:{port}"')
     with watching(group) as watchdog:
-        worker = wait_until(lambda: group.workers(watchdog.pid).get("hsm2"), "the watchdog's worker")
+        wait_until(lambda: json.loads(get(port, "/status.json"))["groups"][0]["group"]["state"] == "ok", "fine")
+        worker = group.workers(watchdog.pid)["hsm2"]
         begun = time.monotonic()
         worker.send_signal(signal.SIGSTOP)
         group.take_away("hsm2")
