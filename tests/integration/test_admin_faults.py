@@ -83,6 +83,7 @@ def test_every_command_is_in_the_matrix() -> None:
         "domain create": "test_admin_domain_create",
         "domain shares": "test_admin_domain",
         "group join": "test_group_join",
+        "journal move": "test_journal_move",
     }
     for command in _commands(typer.main.get_command(cli.app)):
         if command not in elsewhere:

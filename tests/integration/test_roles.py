@@ -102,6 +102,7 @@ def test_backup_never_serves_but_has_everything(faulty: FaultGroup, client: Any)
         return plain.labels(faulty.group.members["hsm3"])
 
     wait_until(lambda: "renamed" in labels() and not {"doomed", "kept"} & set(labels()), "the backup's copy")
+    wait_until(lambda: not engine(session).journal.owed(), "the journal to know of it")
     status = faulty.group.status()
     assert status["group"]["state"] == "ok", "a backup that is in sync is no degradation"
     assert status["group"]["in_sync"]
