@@ -305,7 +305,7 @@ class GroupEngine:
         if self._supervised:
             self.supervisor.start()
 
-    def unusable_after_fork(self, why: Exception) -> None:
+    def unusable_after_fork(self, why: BaseException) -> None:
         """Whoever uses it here is told so; the parent's threads and connections that it may still have are not ours."""
         self._unusable = (
             f"this process was forked while the group's journal could not be opened ({why}): when it can be, call the "
@@ -318,7 +318,7 @@ def _child() -> None:
     for group in list(_groups):
         try:
             group.renew_after_fork()
-        except Exception as error:  # whatever it is, the other groups of this process are not held up by it
+        except BaseException as error:  # whatever it is (Ctrl-C), the other groups of this process are not held up
             group.unusable_after_fork(error)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 import hagroup as pkcs11
 from hagroup import Attribute, KeyType, Mechanism
+from hagroup.engine import group as group_engine
 from tests.support import plain
 from tests.support.groups import PIN, GroupFixture, make_group, wait_until
 
@@ -214,3 +215,23 @@ def test_a_group_whose_journal_is_away_at_the_fork(fast_folder: Path, session: A
             assert other.get_key(label="of the other group").encrypt(b"x", mechanism_param=bytes(16))
     finally:
         lib.unload()
+
+
+def test_whatever_goes_wrong_with_one_group_stands_in_no_others_way(session: Any) -> None:
+    """Ctrl-C reaches a child in the middle of taking up its groups."""
+
+    class Broken:
+        def renew_after_fork(self) -> None:
+            raise KeyboardInterrupt
+
+        def unusable_after_fork(self, why: BaseException) -> None:
+            assert isinstance(why, KeyboardInterrupt)
+
+    broken: list[Any] = [Broken() for _ in range(10)]  # which of them come before the others is left open
+    for one in broken:
+        group_engine._groups.add(one)
+    try:
+        in_child(lambda: session.generate_key(KeyType.AES, 256, store=True, label="all the same"))
+    finally:
+        for one in broken:
+            group_engine._groups.discard(one)
