@@ -1,14 +1,21 @@
-"""Ghosts: what a write that was cut off leaves on a token, an object without anything (DESIGN.md 8, traps 3 and 4)."""
+"""Ghosts: what a write that was cut off leaves on a token, an object without a value (DESIGN.md 8, traps 3 and 4).
+
+SoftHSM makes an object in steps: a file, the class, every attribute with its default (so it is not on the token yet),
+the template, at last the value. And it fills in defaults where some are missing when somebody reads. So after a crash
+any of these states may be found.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 from hagroup.config.logging import get_logger
-from hagroup.core.attributes import CKA
-from hagroup.core.calls import Ckr
+from hagroup.core.attributes import CKO
+from hagroup.core.calls import Ckr, Handle
 from hagroup.core.ckr import CKR
-from hagroup.engine.token_contents import inventory
+from hagroup.core.records import Locator
+from hagroup.engine.proof import is_empty
+from hagroup.engine.token_contents import OWN_LABEL, InventoryEntry, inventory
 from hagroup.journal.api import Journal
 from hagroup.members.api import Connection
 
@@ -24,8 +31,7 @@ def sweep(
 
     The order counts: what was a ghost before nobody was found writing, and is one still, will not become an object.
     """
-    entries = inventory(connection, timeout=timeout)
-    found = [entry.handle for entry in entries if entry.object_class is None]
+    found = _ghosts(connection, journal, timeout)
     if not found:
         return True
     for row in journal.owed(member):
@@ -33,13 +39,48 @@ def sweep(
             one.doubt_since is None and journal.owner_alive(one.owner) for one in row.attempts
         ):
             return False
-    for handle in found:
+    for handle in found & _ghosts(connection, journal, timeout):
         try:
-            values, _ = connection.get(handle, [int(CKA.CLASS)], timeout=timeout)
-            if CKA.CLASS not in values:
-                connection.destroy(handle, timeout=timeout)
-                log.warning("member.ghost-destroyed", member=member)
+            connection.destroy(handle, timeout=timeout)
+            log.warning("member.ghost-destroyed", member=member)
         except Ckr as error:
             if error.rv != CKR.OBJECT_HANDLE_INVALID:  # else somebody was faster
                 raise
     return True
+
+
+def _ghosts(connection: Connection, journal: Journal, timeout: float) -> set[Handle]:
+    locators = {record.locator for record in journal.objects()}
+    names = {(one.object_class, one.label) for one in locators}
+    names |= {(one.object_class, one.label) for tombstone in journal.tombstones() for one in tombstone.locators}
+    return {
+        entry.handle
+        for entry in inventory(connection, timeout=timeout)
+        if _is_ghost(connection, entry, locators, names, timeout)
+    }
+
+
+def _is_ghost(
+    connection: Connection,
+    entry: InventoryEntry,
+    locators: Collection[Locator],
+    names: Collection[tuple[int, bytes]],
+    timeout: float,
+) -> bool:
+    """:param locators: of the group's objects; whether these are whole is another question (``Replicator.install``).
+    :param names: class and label of those, and of what was destroyed.
+    """
+    if entry.object_class is None:
+        return True
+    if entry.object_class == CKO.DATA and entry.label.startswith(OWN_LABEL):
+        return not entry.own or not entry.id
+    if entry.token and entry.label and (entry.object_class, entry.label) not in names:
+        return False  # a stranger: others put it there, and may see more of it
+    if entry.own or entry.locator in locators:
+        return False
+    try:
+        return is_empty(connection, entry.handle, entry.object_class, entry.key_type, timeout=timeout)
+    except Ckr as error:
+        if error.rv in (CKR.OBJECT_HANDLE_INVALID, CKR.KEY_HANDLE_INVALID):
+            return False  # gone meanwhile
+        raise

@@ -79,17 +79,23 @@ def raise_high(view: View, member: Member, life: Life, change: int, *, timeout: 
     with member.manifest_lock:
         if life.manifest_high >= change:
             return
-        record = view.members[member.name]
-        manifest = compose(view.group, view.members, low=record.low, high=change)
+        manifest = compose(view.group, view.members, low=_low(view, member, life), high=change)
         write(life.connection, life.keys, manifest, timeout=timeout)
         life.manifest_high = change
+
+
+def _low(view: View, member: Member, life: Life) -> int:
+    """The token's own is older where it was put back to an earlier state: that must stay to be seen until what it does
+    not vouch for was looked for, in this life or in a later one."""
+    low = view.members[member.name].low
+    return low if life.proved_since_low else min(low, life.manifest_low)
 
 
 def show_seal(view: View, member: Member, life: Life, *, timeout: float) -> None:
     """The member's manifest shows the newest seal of the event log from now on."""
     assert life.keys is not None
     with member.manifest_lock:
-        shown = compose(view.group, view.members, low=view.members[member.name].low, high=life.manifest_high)
+        shown = compose(view.group, view.members, low=_low(view, member, life), high=life.manifest_high)
         write(life.connection, life.keys, shown, timeout=timeout)
         life.manifest_sealed, life.manifest_head = shown.sealed, shown.head
 

@@ -136,7 +136,7 @@ def _compute(
     timeout: float,
 ) -> bytes | None:
     """None: there is nothing to compare. The member cannot digest such keys, or the object is half-made: SoftHSM calls
-    a key without value indigestible."""
+    a key without value indigestible, and takes one whose value it was about to fill in for empty."""
     if kind is FingerprintKind.PUBLIC:
         numbers = _PUBLIC_PART.get(object_class, (CKA.MODULUS,))
         values = _read(connection, handle, numbers, sid=sid, timeout=timeout)
@@ -148,7 +148,8 @@ def _compute(
         salted = salt + len(application).to_bytes(8, "big") + application
         return hashlib.sha256(salted + values[CKA.VALUE]).digest() if CKA.VALUE in values else None
     try:
-        return connection.digest((int(CKM.SHA256), None), [salt, handle], sid=sid, timeout=timeout)
+        value = connection.digest((int(CKM.SHA256), None), [salt, handle], sid=sid, timeout=timeout)
+        return None if value == hashlib.sha256(salt).digest() else value
     except Ckr as error:
         if error.rv in _CANNOT_DIGEST or error.rv in _BROKEN:
             return None
@@ -194,6 +195,38 @@ def matches(
         return None
     value = _compute(connection, handle, object_class, expected.kind, expected.salt, sid=sid, timeout=timeout)
     return None if value is None else value == expected.value
+
+
+_VALUE: dict[int, tuple[CKA, ...]] = {
+    CKO.DATA: (CKA.APPLICATION, CKA.VALUE, CKA.OBJECT_ID),
+    CKO.CERTIFICATE: (CKA.VALUE, CKA.URL),
+    CKO.PUBLIC_KEY: _PUBLIC_PART[CKO.PUBLIC_KEY],
+}
+_PRIVATE_VALUE: dict[int | None, CKA] = {
+    CKK.RSA: CKA.MODULUS,
+    CKK.EC: CKA.EC_PARAMS,
+    CKK.DSA: CKA.PRIME,
+    CKK.DH: CKA.PRIME,
+}
+
+
+def is_empty(
+    connection: Connection, handle: Handle, object_class: int, key_type: int | None, *, timeout: float
+) -> bool:
+    """Whether it is nothing but a shell: SoftHSM makes that first, and then fills in what makes an object of it."""
+    if object_class == CKO.SECRET_KEY:
+        salt = os.urandom(_SALT_LENGTH)
+        try:
+            value = connection.digest((int(CKM.SHA256), None), [salt, handle], timeout=timeout)
+        except Ckr as error:
+            if error.rv in _CANNOT_DIGEST or error.rv in _BROKEN:
+                return False  # nothing is known of it
+            raise
+        return value == hashlib.sha256(salt).digest()
+    numbers = _VALUE.get(object_class, ())
+    if object_class == CKO.PRIVATE_KEY and key_type in _PRIVATE_VALUE:
+        numbers = (_PRIVATE_VALUE[key_type],)
+    return bool(numbers) and not any(_read(connection, handle, numbers, sid=0, timeout=timeout).values())
 
 
 # -- proof -------------------------------------------------------------------------------------------------------------

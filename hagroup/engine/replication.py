@@ -230,4 +230,5 @@ class Replication:
         for error in errors:
             if isinstance(error, (Ckr, HAError)):
                 raise error
-        raise GroupUnavailable("no member took the new object: nothing of it is kept: " + "; ".join(map(str, errors)))
+        why = "; ".join(map(str, errors)) or "another client, which took this one for dead, had given it up by then"
+        raise GroupUnavailable(f"no member took the new object: nothing of it is kept: {why}")

@@ -61,6 +61,7 @@ class Resync:
         self._haunted: set[str] = set()
         """Members on which calls may have been cut off inside a write."""
         self._in_flight = replicator.in_flight
+        roster.on_lost = lambda member: self._haunted.add(member.name)
         self._recovery = Recovery(roster, view, journal, replicator)
 
     @property
@@ -333,10 +334,17 @@ class Resync:
         rows = recent.missing_of(self._journal, member, life, uids, timeout=self._timeout)
         if rows and not self._roster.is_still_whole(member, life):
             return False
+        if any([self._may_be_hidden(member, life, uid) for _, uid, kind in rows if kind is OwedKind.INSTALL]):  # noqa: C419
+            return False
         if rows and self.we_are_current(member):
             recent.report(self._journal, member.name, rows)
             self._journal.owe(rows, reason=None)
         return True
+
+    def _may_be_hidden(self, member: Member, life: Life, uid: bytes) -> bool:
+        """Another process may have made it since this life began: then the next life looks for it."""
+        record = self._journal.object(uid)
+        return record is not None and record.change > life.began and self._roster.look_again(member, life, uid)
 
     # -- inventory -----------------------------------------------------------------------------------------
     def inventory(self, member: Member, life: Life) -> bool:

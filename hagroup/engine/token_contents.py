@@ -15,6 +15,8 @@ from hagroup.members.api import Connection
 
 APPLICATION = b"hagroup"
 """CKA_APPLICATION of the data objects that are the group's own."""
+OWN_LABEL = b"hagroup:"
+"""What the CKA_LABEL of these begins with."""
 TRANSPORT_LABEL = b"hagroup transport key"
 MEMBER_KEY_LABEL = b"hagroup member key"
 """The private key by which the token receives the domain's keys."""
@@ -68,7 +70,7 @@ def _number(values: dict[int, bytes], attribute: int) -> int | None:
 def _is_own(object_class: int | None, values: dict[int, bytes]) -> bool:
     label = values.get(CKA.LABEL, b"")
     if object_class == CKO.DATA:
-        return values.get(CKA.APPLICATION) == APPLICATION and label.startswith(b"hagroup:")
+        return values.get(CKA.APPLICATION) == APPLICATION and label.startswith(OWN_LABEL)
     return label in (DOMAIN_LABEL, PARTITION_LABEL, TRANSPORT_LABEL, MEMBER_KEY_LABEL)
 
 

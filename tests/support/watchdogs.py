@@ -75,7 +75,11 @@ class Watchdog:
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "hagroup.watchdog.cli", "--config", str(group.toml)]
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONFAULTHANDLER": "1", **environment},
             )
 
     @property
@@ -89,6 +93,9 @@ class Watchdog:
         try:
             wait_until(lambda: self.said(text), text, timeout)
         except AssertionError as error:
+            self.signal(signal.SIGABRT)  # its threads' stacks are what explains it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
             raise AssertionError(f"{error}\n{self.log.read_text()}") from None
 
     def signal(self, number: int) -> None:
