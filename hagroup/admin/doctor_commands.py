@@ -47,9 +47,12 @@ def recover(pin_file: PinFile = None, pin_env: PinEnv = None, yes: Yes = False, 
     """Try to reach every member now, and bring those that answer up to date; says why where one does not.
 
     Applications do this by themselves; this is for who does not want to wait. Where the journal turns out to be older
-    than the group (restored, copied), it is reconciled with the members first, after a question.
+    than the group (restored, copied), it is reconciled with the members first, after a question. Interrupted, the same
+    command completes it.
     """
-    behind = commands.journal_behind(chosen_config(), pin=(pin_file, pin_env))
+    behind = rebuild_commands.unfinished(chosen_config()) or commands.journal_behind(
+        chosen_config(), pin=(pin_file, pin_env)
+    )
     if behind is not None:
         rebuild_commands.reconcile(behind, pin=(pin_file, pin_env), yes=yes)
     done = commands.recover(chosen_config(), pin=(pin_file, pin_env))

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +61,20 @@ def rebuild(
             return
         _refuse_if_well(config, yes=yes)
         _rebuild(config, _readable(config), keep or [], pin=(pin_file, pin_env), as_json=as_json)
+
+
+def unfinished(path: Path) -> str | None:
+    """Why nobody can use the journal: making it anew was cut off. None: it was not. (A file appears whole.)"""
+    config = load(path)
+    if isinstance(config.journal.url, SqliteUrl):
+        return None
+    with suppress(HAError):  # whoever opens it next says what is wrong with it
+        journal = journals.EtcdJournal.open(config.journal, read_only=True, for_moving=True)
+        sealed = journal.sealed()
+        journal.close()
+        if sealed is not None and sealed.why is Why.MAKING and sealed.other == rebuilding.COMMAND:
+            return str(sealed.refusal(config.journal.url))
+    return None
 
 
 def reconcile(behind: str, *, pin: PinOptions, yes: bool) -> None:

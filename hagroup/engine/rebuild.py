@@ -57,7 +57,8 @@ log = get_logger(__name__)
 
 REBUILT = "the journal was rebuilt: a full inventory comes before it serves"
 _EVERYTHING = 2**31
-_COMMAND = "ha-admin journal rebuild"
+COMMAND = "ha-admin journal rebuild"
+"""Completes one that was cut off. (Whoever else began it can too.)"""
 _KEYS = (CKO.PRIVATE_KEY, CKO.SECRET_KEY)
 
 
@@ -249,9 +250,9 @@ def _make(
             set_aside(path, aside)
         SqliteJournal.create(path, aside=aside if foldable else None, contents=contents, **make)
         return None if aside is None else str(aside)
-    there, epoch = journals.EtcdJournal.set_aside(section, _COMMAND, new_epoch(contents.epoch_before)) or (None, None)
+    there, epoch = journals.EtcdJournal.set_aside(section, COMMAND, new_epoch(contents.epoch_before)) or (None, None)
     contents = msgspec.structs.replace(contents, epoch=epoch or new_epoch(contents.epoch_before))
-    journals.EtcdJournal.create(section, contents=contents, command=_COMMAND, **make)
+    journals.EtcdJournal.create(section, contents=contents, command=COMMAND, **make)
     made = journals.EtcdJournal.open(section, clock=clock, for_moving=True)
     made.open_up()
     made.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from typing import TypeVar
@@ -225,11 +226,12 @@ class EtcdJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Moving, E
         revision = self._local.revision
         passed_over = self._everybody_saw(revision) if revision else []
         if passed_over:
-            self.event(
-                "client passed over",
-                f"{', '.join(passed_over)} did not acknowledge {what}: cut off, or frozen",
-                data={"clients": " ".join(passed_over)},
-            )
+            with contextlib.suppress(JournalUnavailable):  # what was asked for is done: it must not look refused
+                self.event(
+                    "client passed over",
+                    f"{', '.join(passed_over)} did not acknowledge {what}: cut off, or frozen",
+                    data={"clients": " ".join(passed_over)},
+                )
 
     def begin_move(self, to: str, *, at_once: bool = False) -> Sealed | None:
         if not at_once and any(one.doubt_since is None for row in self.owed() for one in row.attempts):

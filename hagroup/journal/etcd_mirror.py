@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 
 import msgspec
 
-from hagroup.core.records import Changes, MemberRecord, ObjectState, Seal
+from hagroup.core.records import Changes, MemberRecord, Seal
 from hagroup.errors import JournalUnavailable
 from hagroup.journal.etcd_client import TIMEOUT, Compacted, EtcdClient, Pair, after_all, b64, pair, range_of
 from hagroup.journal.etcd_keys import Document, Head, Keys
@@ -50,7 +50,7 @@ class Mirror:
         """
         :param registered: when (monotonic) the registration was asked for.
         :param keep_alive: called every few seconds: renews the registration; False: it had run out, and is a new one.
-        :param seen: called with the revision up to which live objects were changed or destroyed, once nobody here
+        :param seen: called with the revision up to which objects were changed or destroyed, once nobody here
             gets the old ones any more.
         """
         self._client, self._keys, self._times = client, keys, times
@@ -270,12 +270,12 @@ class Mirror:
                     self._log_from = self._members_moved = modified
                 elif key != keys.notice:
                     self._members_moved = modified
-                live = _live_revision(self._documents.get(uid))
+                known = _revision(self._documents.get(uid))
                 if event.get("type") == "DELETE":
                     self._drop(key)
                 else:
                     self._take(pair(kv))
-                superseded = superseded or live not in (None, _live_revision(self._documents.get(uid)))
+                superseded = superseded or known not in (None, _revision(self._documents.get(uid)))
             self.revision = last
             if noticed:
                 self._number += 1
@@ -293,6 +293,7 @@ class Mirror:
         self._announced.pop(key, None)
 
 
-def _live_revision(document: Document | None) -> int | None:
+def _revision(document: Document | None) -> int | None:
+    """Also of one that is not live yet: it may be destroyed, and whoever does that waits for all."""
     record = None if document is None else document.record
-    return record.revision if record is not None and record.state is ObjectState.LIVE else None
+    return None if record is None else record.revision

@@ -132,15 +132,16 @@ class EtcdOpened(Writer):
         deadline = time.monotonic() + TTL + 2
         waiting: set[str] | None = None
         while True:
-            try:
+            # Cut off from it, too: those who stop without it have stopped when their registrations ran out.
+            with contextlib.suppress(JournalUnavailable):
                 living = {_last(one.key) for one in self._client.prefix(self._keys.owners) if one.created < revision}
                 told = self._client.prefix(self._keys.acks)
-            except JournalUnavailable:
+                acknowledged = {_last(one.key) for one in told if int(one.value) >= revision}
+                waiting = (living - {self.owner} if waiting is None else waiting) - acknowledged
+                if not waiting & living:
+                    return sorted(waiting)
+            if time.monotonic() > deadline:
                 return sorted(waiting or ())
-            acknowledged = {_last(one.key) for one in told if int(one.value) >= revision}
-            waiting = (living - {self.owner} if waiting is None else waiting) - acknowledged
-            if not waiting & living or time.monotonic() > deadline:
-                return sorted(waiting)
             time.sleep(0.01)
 
     def _seen_here(self, document: Document) -> Document:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hagroup.config.model import JournalSection
 from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import EtcdJournal
 from hagroup.journal.etcd_client import EtcdClient, Unanswered, b64
+from hagroup.journal.etcd_mirror import TTL
 from tests.support.etcd import EtcdBackend, one_node
 from tests.support.groups import wait_until
 from tests.support.journals import ask, confirm, installed, make_live, member, new_object, revision_of
@@ -176,6 +178,52 @@ def test_an_outcome_that_nobody_can_tell_is_settled_later(
     assert other.claim([("a", record.uid)], worker=None, membership_revision=1)
     assert confirm(other, installed("a", record)) == [True]
     assert other.go_live(left[0].id, needed=1, serving=["a"])
+
+
+def test_what_was_never_live_is_destroyed_without_waiting(backend: EtcdBackend) -> None:
+    """The others acknowledge that too: else each would be waited for until its registration ran out."""
+    journal, other = backend.open(), backend.open()
+    record = new_object()
+    journal.begin_create([record], asking=[], membership_revision=1)
+    began = time.monotonic()
+    journal.destroy(record.uid, asking=[], membership_revision=1)
+    assert time.monotonic() - began < TTL / 2
+    assert other.events() == []
+
+
+def test_a_destruction_that_is_done_waits_for_all_and_never_looks_refused(
+    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody answers just after it was recorded: who has not heard of it still uses the key."""
+    journal, other = backend.open(), backend.open()
+    records = [make_live(journal, "a"), make_live(journal, "a")]
+    assert [one.uid for one in other.objects()] == [one.uid for one in records]
+    told, prefix, silent = other._mirror._told, EtcdClient.prefix, [True, True, True]
+    heard: list[int] = []
+
+    def hears(revision: int) -> None:
+        wait_until(lambda: not silent, "the others answer again")
+        heard.append(revision)
+        told(revision)
+
+    def no_answer(self: EtcdClient, prefix_: str, **more: object) -> object:
+        if self is journal._client and silent:
+            silent.pop()
+            raise Unanswered("cut off")
+        return prefix(self, prefix_, **more)  # type: ignore[arg-type]
+
+    def cannot(*what: object, **more: object) -> None:
+        raise JournalUnavailable("cut off")
+
+    monkeypatch.setattr(other._mirror, "_told", hears)
+    monkeypatch.setattr(EtcdClient, "prefix", no_answer)
+    journal.destroy(records[0].uid, asking=[], membership_revision=1)
+    assert heard
+
+    monkeypatch.setattr(journal, "_everybody_saw", lambda revision: ["somebody"])
+    monkeypatch.setattr(journal, "event", cannot)
+    stone, _ = journal.destroy(records[1].uid, asking=[], membership_revision=1)
+    assert other.tombstone(records[1].uid) == stone
 
 
 def test_who_lost_his_registration_while_nobody_answered_comes_back_by_himself(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import signal
 import subprocess
@@ -129,7 +130,15 @@ def test_a_restored_etcd_is_reconciled_with_the_members(group: GroupFixture, nod
     assert group.admin("sync").returncode != 0, "it is behind: nothing is changed by it"
     for member in group.members.values():
         assert "new" in plain.labels(member)
-    done = group.admin("recover", "--yes")
+    for step in (5, 6):  # killed where it seals the old journal, and keeps a copy of it
+        assert group.admin("recover", "--yes", kill_before=step).returncode == -signal.SIGKILL
+    refused = group.admin("sync")
+    assert refused.returncode != 0 and "is not complete" in refused.stderr, refused.stderr
+    for step in itertools.count(1):  # and then before each change, going on from where the one before was killed
+        done = group.admin("recover", "--yes", kill_before=step)
+        if done.returncode != -signal.SIGKILL:
+            break
+    assert step > 5
     assert done.returncode == 1, done.stdout + done.stderr
     assert "rebuilt: 5 objects" in done.stdout and "doubtful, neither taken over nor destroyed: 'old'" in done.stdout
     _in_order(group, ["kept", "meanwhile", "new", "signer", "signer"])

@@ -3,24 +3,37 @@
 The model is the world: what each token really holds, and every call that may still reach it. Processes act as the
 engine does (ask only after the row says so, confirm replies, undo what is refused), die and hang at any point. After
 every step the journal must never make anybody use, or fail to destroy, what is not as it says.
+
+The same over etcd (a model of it, and a real node), where besides nobody may learn what became of a transaction: its
+answer is lost, or it is carried out when everybody gave it up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import msgspec
+from etcd3gw.client import Etcd3Client
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hagroup.core.records import IntentKind, ObjectRecord, ObjectState, OwedKind, OwedRow
-from hagroup.journal.api import Busy, Confirmation, NoLongerLive
-from hagroup.journal.sqlite import SqliteJournal
-from tests.support.journals import LABEL, SqliteBackend, ask, member, new_object, revision_of
+from hagroup.config.model import Endpoint, EtcdUrl, JournalSection
+from hagroup.core.records import IntentKind, MemberRecord, ObjectRecord, ObjectState, OwedKind, OwedRow
+from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
+from hagroup.journal import EtcdJournal
+from hagroup.journal.api import Busy, Confirmation, Journal, NoLongerLive
+from tests.support.etcd import EtcdBackend, one_node
+from tests.support.etcd_model import ModelEtcd
+from tests.support.etcd_network import Fate, Network
+from tests.support.journals import LABEL, Backend, SqliteBackend, ask, member, new_object, revision_of
 
 MEMBERS = ("a", "b")
 INSTALL, SET, DESTROY = OwedKind.INSTALL, OwedKind.SET, OwedKind.DESTROY
@@ -32,11 +45,13 @@ RARELY = (False, False, False, True)
 class Call:
     """One request to a member. Until it was executed it may be, whoever still waits for it."""
 
-    owner: SqliteJournal
+    owner: Journal
     member: str
     record: ObjectRecord
     kind: OwedKind
     attempt: int
+    owed: OwedKind
+    """As which it was asked: what is owed as ``set`` may be made anew."""
     clean_first: bool = False
     undo: bool = False
     intent: str | None = None
@@ -49,7 +64,7 @@ class Call:
 class Reader:
     """A process that caches what it read, by the view number and ``changes`` alone."""
 
-    journal: SqliteJournal
+    journal: Journal
     seen: int = -1
     since: int = 0
     epoch: str = ""
@@ -60,7 +75,7 @@ class JournalMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._folder = tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None)
-        self.backend = SqliteBackend(Path(self._folder.name), [member(name) for name in MEMBERS])
+        self.backend = self.new_backend(Path(self._folder.name), [member(name) for name in MEMBERS])
         self.processes = [self.backend.open(), self.backend.open()]
         self.reader = Reader(self.backend.open())
         self.tokens: dict[str, list[tuple[bytes, int]]] = {name: [] for name in MEMBERS}
@@ -68,20 +83,47 @@ class JournalMachine(RuleBasedStateMachine):
         self.records: dict[bytes, ObjectRecord] = {}
         self.promised: set[bytes] = set()
         """Acknowledged as destroyed."""
+        self.refused: set[bytes] = set()
+        """Never made, and the application was told so."""
+        self.unanswered: set[tuple[str, str, bytes]] = set()
+        """Owner, member and UID where the journal could not be told that the member gave no answer."""
+
+    def new_backend(self, folder: Path, members: list[MemberRecord]) -> Backend:
+        return SqliteBackend(folder, members)
+
+    def reader_hears_nothing(self) -> None:
+        """For a while; where that can be."""
 
     def teardown(self) -> None:
         self.backend.close()
         self._folder.cleanup()
 
     @property
-    def any(self) -> SqliteJournal:
+    def any(self) -> Journal:
         return self.processes[0]
 
-    def _call(self, owner: SqliteJournal, row: OwedRow, record: ObjectRecord, **more: object) -> Call:
+    def _call(self, owner: Journal, row: OwedRow, record: ObjectRecord, **more: object) -> Call:
         mine = [one for one in row.attempts if one.owner == owner.owner][-1]
-        call = Call(owner, row.member, record, row.kind, mine.number, clean_first=row.asked_before, **more)  # type: ignore[arg-type]
+        call = Call(owner, row.member, record, row.kind, mine.number, row.kind, clean_first=row.asked_before, **more)  # type: ignore[arg-type]
         self.calls.append(call)
         return call
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """The journal may give no answer. Then what was to come after is not done; see ``_own_up``."""
+        with contextlib.suppress(JournalUnavailable):
+            yield
+
+    def _own_up(self, journal: Journal, row: OwedRow) -> None:
+        """As the engine's ``own_up``: nobody in this process waits for these any more."""
+        for attempt in row.attempts:
+            if attempt.owner != journal.owner or attempt.doubt_since is not None:
+                continue
+            doubt = (journal.owner, row.member, row.uid) in self.unanswered
+            journal.give_up([(row.member, row.uid)], doubt=doubt, kind=attempt.kind)
+            if attempt.kind is SET and not doubt:
+                journal.owe([(row.member, row.uid, INSTALL)])
+        self.unanswered.discard((journal.owner, row.member, row.uid))
 
     def _waiting(self, *, executed: bool | None = None) -> list[Call]:
         return [c for c in self.calls if c.waiting and executed in (None, c.executed)]
@@ -99,7 +141,7 @@ class JournalMachine(RuleBasedStateMachine):
         for call in self.calls[before:]:
             self._execute(call)
             self.calls.remove(call)
-            self._answered(call)
+            self._tell(call)
         record = journal.object(uid)
         assert record is not None
         assert record.intent is not None
@@ -110,10 +152,19 @@ class JournalMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(list(self.any.objects())) < 2)
     @rule(who=st.integers(0, 1), asking=st.sets(st.sampled_from(MEMBERS)))
     def create_slowly(self, who: int, asking: set[str]) -> None:
-        self.create(who, asking)
+        record = new_object()
+        with self._asking():
+            try:
+                self.create(who, asking, record)
+            except JournalOutcomeUnknown:
+                raise
+            except JournalUnavailable:
+                if not [c for c in self.calls if c.record is record]:
+                    self.refused.add(record.uid)
+                raise
 
-    def create(self, who: int, asking: set[str]) -> bytes:
-        journal, record = self.processes[who], new_object()
+    def create(self, who: int, asking: set[str], record: ObjectRecord | None = None) -> bytes:
+        journal, record = self.processes[who], record or new_object()
         self.records[record.uid] = record
         intent = journal.begin_create([record], asking=ask(*asking), membership_revision=revision_of(journal))
         _, owed = journal.placement(record.uid)
@@ -130,27 +181,37 @@ class JournalMachine(RuleBasedStateMachine):
         if not opened:
             return
         intent = data.draw(st.sampled_from(opened))
-        if not forward:
-            assert journal.abandon_create(intent.id)
-        elif journal.go_live(intent.id, needed=1, serving=MEMBERS):
-            copies, owed = journal.placement(intent.uids[0])
-            assert any(name not in owed or owed[name].settled for name in copies)
+        with self._asking():
+            if not forward:
+                assert journal.abandon_create(intent.id)
+            elif journal.go_live(intent.id, needed=1, serving=MEMBERS):
+                copies, owed = journal.placement(intent.uids[0])
+                assert any(name not in owed or owed[name].settled for name in copies)
 
     @precondition(lambda self: list(self.any.objects()))
     @rule(
-        who=st.integers(0, 1), data=st.data(), asking=st.sets(st.sampled_from(MEMBERS)), really=st.sampled_from(RARELY)
+        who=st.integers(0, 1),
+        data=st.data(),
+        asking=st.sets(st.sampled_from(MEMBERS)),
+        unheard=st.booleans(),
+        really=st.sampled_from(RARELY),
     )
-    def destroy(self, who: int, data: st.DataObject, asking: set[str], really: bool) -> None:
+    def destroy(self, who: int, data: st.DataObject, asking: set[str], unheard: bool, really: bool) -> None:
         journal = self.processes[who]
         records = list(journal.objects())
         if not really:
             return
         record = data.draw(st.sampled_from(records))
-        _, rows = journal.destroy(record.uid, asking=ask(*asking), membership_revision=revision_of(journal))
-        self.promised.add(record.uid)
-        for row in rows:
-            if row.member in asking:
-                self._call(journal, row, record)
+        if unheard:
+            self.reader_hears_nothing()
+        with self._asking():
+            _, rows = journal.destroy(record.uid, asking=ask(*asking), membership_revision=revision_of(journal))
+            self.promised.add(record.uid)
+            for row in rows:
+                if row.member in asking:
+                    self._call(journal, row, record)
+            told = self.reader.journal.changes(self.reader.since, self.reader.epoch)
+            assert told.everything or record.uid in told.uids, "acknowledged before all had seen it"
 
     @rule(who=st.integers(0, 1), data=st.data(), asking=st.sets(st.sampled_from(MEMBERS), min_size=1))
     def set_attributes(self, who: int, data: st.DataObject, asking: set[str]) -> None:
@@ -164,7 +225,7 @@ class JournalMachine(RuleBasedStateMachine):
             revision=record.revision + 1,
             attributes={**record.attributes, LABEL: b"%d" % (record.revision + 1)},
         )
-        try:
+        with self._asking(), contextlib.suppress(Busy):
             intent = journal.begin_set(
                 record.uid,
                 revision=record.revision,
@@ -173,11 +234,9 @@ class JournalMachine(RuleBasedStateMachine):
                 asking=ask(*asking),
                 membership_revision=revision_of(journal),
             )
-        except Busy:
-            return
-        _, owed = journal.placement(record.uid)
-        for name in intent.asked:
-            self._call(journal, owed[name], after, intent=intent.id)
+            _, owed = journal.placement(record.uid)
+            for name in intent.asked:
+                self._call(journal, owed[name], after, intent=intent.id)
 
     @precondition(lambda self: self.any.intents())
     @rule(who=st.integers(0, 1), data=st.data())
@@ -186,7 +245,9 @@ class JournalMachine(RuleBasedStateMachine):
         journal = self.processes[who]
         opened = [i for i in journal.intents() if i.kind is IntentKind.SET]
         if opened:
-            journal.rollback_set(data.draw(st.sampled_from(opened)).id)
+            chosen = data.draw(st.sampled_from(opened))
+            with self._asking():
+                journal.rollback_set(chosen.id)
 
     # -- what members and the network do -----------------------------------------------------------------------------
 
@@ -226,6 +287,10 @@ class JournalMachine(RuleBasedStateMachine):
         self._answered(call)
 
     def _answered(self, call: Call) -> None:
+        with self._asking():
+            self._tell(call)
+
+    def _tell(self, call: Call) -> None:
         journal, uid = call.owner, call.record.uid
         if call.undo:
             journal.undone(call.member, uid)
@@ -256,8 +321,9 @@ class JournalMachine(RuleBasedStateMachine):
         """The member says no, and did nothing."""
         call = data.draw(st.sampled_from(self._waiting(executed=False)))
         self.calls.remove(call)
-        kind = DESTROY if call.undo else call.kind
-        call.owner.give_up([(call.member, call.record.uid)], doubt=False, reason="refused", kind=kind)
+        kind = DESTROY if call.undo else call.owed
+        with self._asking():
+            call.owner.give_up([(call.member, call.record.uid)], doubt=False, reason="refused", kind=kind)
 
     @precondition(lambda self: self._waiting())
     @rule(data=st.data())
@@ -265,8 +331,12 @@ class JournalMachine(RuleBasedStateMachine):
         """Given up; what was not executed yet may be, at any time."""
         call = data.draw(st.sampled_from(self._waiting()))
         call.waiting = False
-        kind = DESTROY if call.undo else call.kind
-        call.owner.give_up([(call.member, call.record.uid)], doubt=True, kind=kind)
+        kind = DESTROY if call.undo else call.owed
+        row = (call.member, call.record.uid)
+        self.unanswered.add((call.owner.owner, *row))
+        with self._asking():
+            call.owner.give_up([row], doubt=True, kind=kind)
+            self.unanswered.discard((call.owner.owner, *row))
 
     @rule(who=st.integers(0, 1), really=st.sampled_from(RARELY))
     def die(self, who: int, really: bool) -> None:
@@ -285,14 +355,16 @@ class JournalMachine(RuleBasedStateMachine):
     @rule(who=st.integers(0, 1), data=st.data())
     def claim(self, who: int, data: st.DataObject) -> None:
         """A resync takes a row and asks the member."""
-        self._claim(self.processes[who], data)
+        with self._asking():
+            self._claim(self.processes[who], data)
 
-    def _claim(self, journal: SqliteJournal, data: st.DataObject) -> tuple[OwedRow, Call] | None:
+    def _claim(self, journal: Journal, data: st.DataObject) -> tuple[OwedRow, Call] | None:
         at_work = {(c.member, c.record.uid) for c in self.calls if c.waiting and c.owner is journal}
         rows = [row for row in journal.owed() if (row.member, row.uid) not in at_work]  # as the engine's InFlight.take
         if not rows:
             return None
         chosen = data.draw(st.sampled_from(rows))
+        self._own_up(journal, chosen)
         claimed = journal.claim([(chosen.member, chosen.uid)], worker="w", membership_revision=revision_of(journal))
         if not claimed:
             return None
@@ -307,7 +379,10 @@ class JournalMachine(RuleBasedStateMachine):
     @rule(who=st.integers(0, 1), data=st.data())
     def late_window_passed(self, who: int, data: st.DataObject) -> None:
         """What was unanswered can no longer execute; then the row is worked off, and the doubt cleared."""
-        journal = self.processes[who]
+        with self._asking():
+            self._late_window_passed(self.processes[who], data)
+
+    def _late_window_passed(self, journal: Journal, data: st.DataObject) -> None:
         claimed = self._claim(journal, data)
         if claimed is None:
             return
@@ -365,6 +440,8 @@ class JournalMachine(RuleBasedStateMachine):
         for uid in self.promised:
             assert self.any.object(uid) is None
             assert self.any.tombstone(uid) is not None
+        for uid in self.refused:
+            assert self.any.object(uid) is None and self.any.tombstone(uid) is None, "the application was told no"
 
     @invariant()
     def counters_count(self) -> None:
@@ -380,6 +457,7 @@ class JournalMachine(RuleBasedStateMachine):
     @invariant()
     def readers_learn_of_everything(self) -> None:
         reader, journal = self.reader, self.reader.journal
+        journal.owed()  # on etcd others hear of it a moment later: not before this returns
         number = journal.view_number()
         if number != reader.seen:
             changes = journal.changes(reader.since, reader.epoch)
@@ -393,7 +471,77 @@ class JournalMachine(RuleBasedStateMachine):
             assert reader.cache.setdefault(uid, now) == now
 
 
+class EtcdMachine(JournalMachine):
+    """Over etcd's model, with all that may happen on the way to it."""
+
+    def new_backend(self, folder: Path, members: list[MemberRecord]) -> Backend:
+        self.network = Network(self.connect())
+        self._patched = contextlib.ExitStack()
+        self._patched.enter_context(self.network.between())
+        self._patched.enter_context(patch("hagroup.journal.etcd_mirror.SILENCE", 0.1))
+        return EtcdBackend(folder, members, self.section())
+
+    def connect(self) -> Callable[..., Any]:
+        return ModelEtcd().client
+
+    def section(self) -> JournalSection:
+        endpoints = tuple(Endpoint(host=f"h{n}", port=2379) for n in (1, 2, 3))
+        return JournalSection(url=EtcdUrl(endpoints=endpoints, name="payments"))
+
+    def teardown(self) -> None:
+        super().teardown()
+        self._patched.close()
+
+    def reader_hears_nothing(self) -> None:
+        assert isinstance(self.reader.journal, EtcdJournal)
+        self.network.break_watches(self.reader.journal, silently=True)
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        with super()._asking(), self.network.disturbed():
+            yield
+
+    @rule(fates=st.lists(st.sampled_from(Fate), min_size=1, max_size=2), cut=st.booleans())
+    def something_will_happen(self, fates: Sequence[Fate], cut: bool) -> None:
+        self.network.plan(fates, cut=cut)
+
+    @rule()
+    def what_was_late_arrives(self) -> None:
+        self.network.arrive()
+
+    @rule(who=st.integers(0, 1))
+    def what_nobody_knew_is_settled(self, who: int) -> None:
+        """As is done every few seconds."""
+        journal = self.processes[who]
+        assert isinstance(journal, EtcdJournal)
+        journal._settle_later()
+
+    @rule(who=st.integers(0, 2), silently=st.booleans(), compacted=st.booleans())
+    def a_watch_breaks(self, who: int, silently: bool, compacted: bool) -> None:
+        """And goes on later, where what came in between may not be kept any more."""
+        journal = [*self.processes, self.reader.journal][who]
+        assert isinstance(journal, EtcdJournal)
+        self.network.break_watches(journal, silently=silently)
+        if compacted:
+            revision = journal._client.call("/kv/put", {"key": "AA==", "value": ""})["header"]["revision"]
+            journal._client.call("/kv/compaction", {"revision": revision})
+
+
+class RealEtcdMachine(EtcdMachine):
+    """Over a real node."""
+
+    def connect(self) -> Callable[..., Any]:
+        return Etcd3Client
+
+    def section(self) -> JournalSection:
+        return one_node().section()
+
+
 JournalMachine.TestCase.settings = settings(
     max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
+EtcdMachine.TestCase.settings = settings(JournalMachine.TestCase.settings, max_examples=50)
+RealEtcdMachine.TestCase.settings = settings(JournalMachine.TestCase.settings, max_examples=3, stateful_step_count=25)
 TestJournal = JournalMachine.TestCase
+TestJournalOnEtcdModel = EtcdMachine.TestCase
+TestJournalOnRealEtcd = RealEtcdMachine.TestCase

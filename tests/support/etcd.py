@@ -27,9 +27,9 @@ _numbers = itertools.count(1)
 class Cluster:
     """Some nodes, and what is done to them."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, parent: Path | None = None) -> None:
         base = Path("/dev/shm")
-        self.folder = Path(tempfile.mkdtemp(prefix="hagroup-etcd-", dir=base if base.is_dir() else None))
+        self.folder = Path(tempfile.mkdtemp(prefix="hagroup-etcd-", dir=parent or (base if base.is_dir() else None)))
         atexit.register(self._stop_at_exit, os.getpid())
         self.endpoints = etcd_cluster.start(self.folder, count)
         self.nodes = [f"node{n + 1}" for n in range(count)]
@@ -94,9 +94,9 @@ def one_node() -> Cluster:
 class EtcdBackend:
     """See :class:`tests.support.journals.Backend`."""
 
-    def __init__(self, folder: Path, members: list[MemberRecord]) -> None:
+    def __init__(self, folder: Path, members: list[MemberRecord], section: JournalSection | None = None) -> None:
         self.clock = FakeClock()
-        self.section = one_node().section()
+        self.section = section or one_node().section()
         self._opened: list[EtcdJournal] = []
         EtcdJournal.create(
             self.section,

@@ -1,5 +1,5 @@
 """``ha-admin`` in processes forked from one that has it imported already: a fifth of the time. Each may be killed
-before any of its changes to files of one folder.
+before any of its changes to files of one folder, or to an etcd journal.
 
 Run as a program it is that process: requests on standard input, one JSON document a line, answers on standard output.
 """
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class Done:
     stdout: str
     stderr: str
     steps: int = 0
-    """Changes to files of the watched folder; 0 where it was killed."""
+    """Changes to what was watched; 0 where it was killed."""
 
 
 class ForkedAdmin:
@@ -54,7 +55,8 @@ class ForkedAdmin:
         """In this process's working directory and environment, without a terminal.
 
         :param environment: further variables.
-        :param kill_before: kill it before its nth change to a file in ``watch``, counted from 1; 0: count them.
+        :param kill_before: kill it before its nth change to a file in ``watch`` (to an etcd journal, where that is not
+            given), counted from 1; 0: count them.
         """
         variables = {**os.environ, **(environment or {})}
         asked = [list(arguments), os.getcwd(), variables, None if watch is None else str(watch), kill_before]
@@ -109,6 +111,24 @@ def _watch(folder: str, kill_before: int) -> list[int]:
     return steps
 
 
+def _watch_etcd(kill_before: int) -> list[int]:
+    """What is done in the background is not counted: it comes at any time."""
+    from hagroup.journal.etcd_client import EtcdClient
+
+    steps, ask = [0], EtcdClient._ask
+
+    def counted(self: EtcdClient, index: int, path: str, body: dict[str, Any], **more: Any) -> Any:
+        changes = path in ("/kv/put", "/kv/deleterange") or (path == "/kv/txn" and "compare" in body)
+        if changes and threading.current_thread() is threading.main_thread():
+            steps[0] += 1
+            if steps[0] == kill_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return ask(self, index, path, body, **more)
+
+    EtcdClient._ask = counted  # type: ignore[method-assign]
+    return steps
+
+
 def _child(asked: list[Any], out: int, err: int, told: int) -> None:
     from hagroup.admin import cli
 
@@ -121,7 +141,7 @@ def _child(asked: list[Any], out: int, err: int, told: int) -> None:
     sys.stdin = open(0)  # noqa: SIM115
     os.environ.update(environment)
     sys.argv = ["ha-admin", *arguments]
-    steps = _watch(watch, kill_before) if watch else [0]
+    steps = _watch(watch, kill_before) if watch else _watch_etcd(kill_before)
     status: Any = 1
     try:
         cli.main()

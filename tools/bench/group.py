@@ -28,11 +28,11 @@ DISTURBED = 1
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
-    """A folder in memory where there is one; it goes whatever ends the program, SIGTERM too."""
+def scratch(parent: Path | None = None) -> Iterator[Path]:
+    """A folder, in memory where there is no parent; it goes whatever ends the program, SIGTERM too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     base = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="hagroup-bench-", dir=base if base.is_dir() else None))
+    folder = Path(tempfile.mkdtemp(prefix="hagroup-bench-", dir=parent or (base if base.is_dir() else None)))
     try:
         yield folder
     finally:
