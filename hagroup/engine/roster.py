@@ -18,11 +18,13 @@ from hagroup.core.attributes import CKA
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone, StaleGeneration, WorkerFault
 from hagroup.core.ckr import CKR
 from hagroup.core.clock import Clock
+from hagroup.core.pace import Paces
 from hagroup.core.records import MemberRecord, Membership, Observation, Role
 from hagroup.core.selection import choose, rank
 from hagroup.core.states import Event, State
 from hagroup.engine import holding, manifest
 from hagroup.engine.domain_keys import DomainKeys
+from hagroup.engine.lanes import Lanes
 from hagroup.engine.login import APPLICATION, PIN_ERRORS, LoginHeld, PinStore, log_in
 from hagroup.engine.member import Life, Member, Usable
 from hagroup.engine.view import View
@@ -110,6 +112,8 @@ class Roster:
         self.members: dict[str, Member] = {}
         self.tasks = self._workers()
         self._running: set[Future[Any]] = set()
+        self.lanes = Lanes(self.run)
+        self._paces = Paces()
         self._lock = threading.RLock()
         self.changed = threading.Condition(self._lock)
         """Notified at every change of a member's state."""
@@ -233,11 +237,16 @@ class Roster:
     def serving(self) -> list[Member]:
         return [member for member in self.members.values() if member.serving]
 
-    def pick(self, candidates: list[Member]) -> Member | None:
-        """Choose, and count the call as outstanding there; give it back with :meth:`done`."""
+    def pick(self, candidates: list[Member], *, making: bool = False) -> Member | None:
+        """Choose, and count the call as outstanding there; give it back with :meth:`done`.
+
+        :param making: for the many calls of making an object: a slow member gets them only where the wait for the
+            others would be longer.
+        """
         last: Member | None = getattr(self._here, "last", None)
         with self._lock:
-            member = choose(self._rested(candidates), last)
+            rested = self._rested(candidates)
+            member = choose(rested, last, self._time_for_making()) if making else choose(rested, last)
             if member is not None:
                 if member.rests:  # this call is its trial; until it answered, the others go elsewhere
                     member.rest_until = self.clock.boot() + self.config.timeouts.call + self.config.timeouts.probe
@@ -246,6 +255,15 @@ class Roster:
                 member.last_used = self._uses
         self._here.last = member
         return member
+
+    def _time_for_making(self) -> Callable[[Member], float]:
+        now = self.clock.boot()
+        return lambda member: (member.outstanding + 1) * self._paces.slower(member.name, now)
+
+    def took(self, member: Member, seconds: float) -> None:
+        """This member took new objects, that all were asked to take, in so many seconds."""
+        with self._lock:
+            self._paces.told(member.name, seconds, self.clock.boot())
 
     def _rested(self, candidates: list[Member]) -> list[Member]:
         """Without those that answered a probe but not a call, for a growing while: each call there may be a stall."""
@@ -622,6 +640,7 @@ class Roster:
         self.changed = threading.Condition(self._lock)
         self.tasks = self._workers()
         self._running = set()
+        self.lanes.renew_after_fork()
         self._here = threading.local()
         self.pins.renew_after_fork()
         for member in self.members.values():

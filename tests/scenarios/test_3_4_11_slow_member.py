@@ -8,13 +8,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hagroup import KeyType, Mechanism
-from tests.support.faulty import FaultGroup, Load, make_fault_group, set_timeouts
+from hagroup.engine.lanes import WIDTH
+from tests.support.faulty import FaultGroup, Load, engine, make_fault_group, set_timeouts
 from tests.support.groups import wait_until
 from tests.support.separately import rate_of_each
 
@@ -93,3 +95,50 @@ def test_a_new_key_does_not_wait_for_it(faulty: FaultGroup, session: Any) -> Non
         ]
 
     wait_until(caught_up, "the slow member to catch up")
+
+
+def test_no_key_is_made_on_it(faulty: FaultGroup, session: Any) -> None:
+    """Who would make one there would wait for each of its many calls, while the others stand idle."""
+    faulty.heal(session)
+    control = faulty.controls[SLOW]
+    for one in faulty.controls.values():
+        one.service(50.0 * (5 if one is control else 1), AT_ONCE, scope="C_UnwrapKey")
+    for number in range(2):
+        session.generate_key(KeyType.AES, 256, store=True, label=f"both {number}")
+    wait_until(lambda: not engine(session).journal.owed(), "the slow member to take them: now it is known to be slow")
+    control.reset()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: session.generate_key(KeyType.AES, 256, store=True, label=f"here {n}"), range(12)))
+    made = control.counts().get("C_GenerateKey", 0)
+    for one in faulty.controls.values():
+        one.service_off()
+    assert made == 0
+    faulty.heal(session)
+
+
+def test_what_it_has_still_to_do_does_not_hold_up_the_others(faulty: FaultGroup, session: Any) -> None:
+    """Each key leaves it something to do; all threads of the program together are fewer than that."""
+    faulty.heal(session)
+    control, tasks = faulty.controls[SLOW], engine(session).roster.tasks
+    threads, tasks._max_workers = tasks._max_workers, len(tasks._threads) + WIDTH + 4
+    held = control.add("C_UnwrapKey,C_CreateObject", "late")
+    keys = tasks._max_workers + 1
+    done = threading.Event()
+
+    def make() -> None:
+        for number in range(keys):
+            faulty.prefer(session, "hsm1")
+            session.generate_key(KeyType.AES, 256, store=True, label=f"many {number}")
+        done.set()
+
+    maker = threading.Thread(target=make)
+    maker.start()
+    try:
+        control.wait_held(held)
+        assert done.wait(15.0), "the calls returned while the slow member was still at the first keys (its limit: 60 s)"
+    finally:
+        tasks._max_workers = threads
+        control.clear()
+        maker.join()
+    faulty.heal(session)
+    assert len([label for label in faulty.labels()[SLOW] if label.startswith("many")]) == keys
