@@ -48,6 +48,7 @@ class Replication:
 
         :raises GroupReadOnly: fewer members than ``min_replicas`` and ``degraded = "refuse"``.
         """
+        self._roster.all_had_a_turn()
         wanted = self._settings.min_replicas
         if len(self.targets()) < wanted and self._roster.may_come():
             self._roster.wake()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 
 from hagroup import KeyType, Mechanism
 from hagroup.engine.lanes import WIDTH
+from tests.support.faults import CRYPTO
 from tests.support.faulty import FaultGroup, Load, engine, make_fault_group, set_timeouts
-from tests.support.groups import wait_until
+from tests.support.groups import run_client, wait_until
 from tests.support.separately import rate_of_each
 
 SLOW = "hsm2"
@@ -142,3 +144,33 @@ def test_what_it_has_still_to_do_does_not_hold_up_the_others(faulty: FaultGroup,
         maker.join()
     faulty.heal(session)
     assert len([label for label in faulty.labels()[SLOW] if label.startswith("many")]) == keys
+
+
+FIRST_USE = """
+key = session.get_key(object_class=ObjectClass.PRIVATE_KEY, label="start")
+key.sign(b"data", mechanism=Mechanism.SHA256_RSA_PKCS)
+"""
+
+
+def test_a_programs_first_signature_waits_for_few_calls_and_one_member(faulty: FaultGroup, session: Any) -> None:
+    """Both secrets are proved before (G9): an envelope's two layers, what came out, and the manifest."""
+    session.generate_keypair(KeyType.RSA, 2048, store=True, label="start")
+    faulty.heal(session)
+    marks = {name: control.last_sequence() for name, control in faulty.controls.items()}
+    run_client(faulty.group, FIRST_USE)
+    traces = [control.trace(since=marks[name]) for name, control in faulty.controls.items()]
+    (trace,) = [trace for trace in traces if any(call.function == "C_Sign" for call in trace)]
+    signature = next(number for number, call in enumerate(trace) if call.function == "C_Sign")
+    before = [call.function for call in trace[:signature] if call.pid == trace[signature].pid]
+    counts = Counter(function for function in before if function in CRYPTO)
+    assert counts == {"C_Decrypt": 3, "C_UnwrapKey": 1}
+
+    names = sorted(faulty.names)
+    for name in names[:2]:
+        faulty.controls[name].add("C_Initialize", "hang")
+    try:
+        begun = time.monotonic()
+        run_client(faulty.group, FIRST_USE + "import os; os._exit(0)")
+        assert time.monotonic() - begun < 10.0, "those that hang when they start hold up nobody (their limit: 15 s)"
+    finally:
+        faulty.clear()
