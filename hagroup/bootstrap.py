@@ -15,10 +15,10 @@ from hagroup.journal import open_journal
 from hagroup.journal.clock import SystemClock
 
 
-def open_group(path: str | Path, *, clock: Clock | None = None, one_first: bool = False) -> GroupEngine:
+def open_group(path: str | Path, *, clock: Clock | None = None, one_first: bool = True) -> GroupEngine:
     """The group that ``hagroup.toml`` at ``path`` describes, connected in the background.
 
-    :param one_first: one member is connected before the others: for programs whose first call needs only one.
+    :param one_first: one member is connected before the others: False for what is about all of them.
     :raises ConfigurationError: the file cannot be used; the text names file, key and line.
     :raises JournalUnavailable: a client cannot start without the journal.
     :raises JournalMismatch: the journal is another group's, or a copy.

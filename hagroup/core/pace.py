@@ -9,7 +9,7 @@ from __future__ import annotations
 SLOW = 3.0
 """Less than so many times the quickest one's time is no difference: busy machines waver by as much."""
 _WEIGHT = 0.3
-_SHORTEST = 0.005
+_SHORTEST = 0.05
 """Seconds; among members that are quicker than this there is no slow one."""
 _FRESH = 60.0
 """Seconds after which a time tells nothing any more."""

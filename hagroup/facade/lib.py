@@ -77,7 +77,7 @@ class GroupLibrary:
 
         with self._changing:
             if self._group is None:
-                self._group = open_group(self.so, one_first=True)
+                self._group = open_group(self.so)
 
     def finalize(self) -> None:
         """Closes the group; sessions of before are invalid from now on."""

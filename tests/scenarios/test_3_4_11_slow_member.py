@@ -104,7 +104,7 @@ def test_no_key_is_made_on_it(faulty: FaultGroup, session: Any) -> None:
     faulty.heal(session)
     control = faulty.controls[SLOW]
     for one in faulty.controls.values():
-        one.service(50.0 * (5 if one is control else 1), AT_ONCE, scope="C_UnwrapKey")
+        one.service(50.0 * (10 if one is control else 1), AT_ONCE, scope="C_UnwrapKey")
     for number in range(2):
         session.generate_key(KeyType.AES, 256, store=True, label=f"both {number}")
     wait_until(lambda: not engine(session).journal.owed(), "the slow member to take them: now it is known to be slow")

@@ -38,5 +38,5 @@ def test_what_is_known_grows_old() -> None:
 def test_where_all_are_quick_there_is_no_slow_one() -> None:
     paces = Paces()
     paces.told("hsm1", 0.0001, 1.0)
-    paces.told("hsm2", 0.01, 1.0)
+    paces.told("hsm2", 0.14, 1.0)
     assert paces.slower("hsm2", 1.0) == 1.0
