@@ -15,14 +15,15 @@ from hagroup.journal import open_journal
 from hagroup.journal.clock import SystemClock
 
 
-def open_group(path: str | Path, *, clock: Clock | None = None) -> GroupEngine:
+def open_group(path: str | Path, *, clock: Clock | None = None, one_first: bool = True) -> GroupEngine:
     """The group that ``hagroup.toml`` at ``path`` describes, connected in the background.
 
+    :param one_first: one member is connected before the others: False for what is about all of them.
     :raises ConfigurationError: the file cannot be used; the text names file, key and line.
     :raises JournalUnavailable: a client cannot start without the journal.
     :raises JournalMismatch: the journal is another group's, or a copy.
     """
-    return start_group(load(Path(path)), clock=clock)
+    return start_group(load(Path(path)), clock=clock, one_first=one_first)
 
 
 def check_serial(config: GroupConfig, group: GroupRecord) -> None:
@@ -52,7 +53,7 @@ def check_tokens(config: GroupConfig, members: Iterable[MemberRecord]) -> None:
             )
 
 
-def start_group(config: GroupConfig, *, clock: Clock | None = None) -> GroupEngine:
+def start_group(config: GroupConfig, *, clock: Clock | None = None, one_first: bool = False) -> GroupEngine:
     """The same for a configuration that was read already."""
     clock = clock or SystemClock()
     if config.group.serial is None:
@@ -72,7 +73,7 @@ def start_group(config: GroupConfig, *, clock: Clock | None = None) -> GroupEngi
                 "the group; add its [[member]] section, or remove it from the group with `ha-admin member remove`"
             )
         check_tokens(config, members)
-        return GroupEngine(config, journal, clock)
+        return GroupEngine(config, journal, clock, one_first=one_first)
     except BaseException:
         journal.close()
         raise

@@ -182,7 +182,7 @@ def status(path: Path) -> group_status.Status:
 
 def _logged_in(path: Path, options: PinOptions) -> GroupEngine:
     """The group with every reachable member logged in; closes it again where that fails."""
-    group = bootstrap.open_group(path)
+    group = bootstrap.open_group(path, one_first=False)
     try:
         if any(member.config.pin is None for member in group.roster.members.values()):
             given = pins.read("user PIN", file=options[0], variable=options[1])

@@ -54,7 +54,7 @@ GroupPinEnv = Annotated[
 @contextmanager
 def opened(options: tuple[Path | None, str | None]) -> Iterator[GroupEngine]:
     """The group with every reachable member connected and logged in."""
-    group = bootstrap.open_group(chosen_config())
+    group = bootstrap.open_group(chosen_config(), one_first=False)
     try:
         given = group_pin(group, options)
         if given is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 
@@ -30,32 +30,39 @@ def rank(here: str | None, there: str | None, priority: int) -> tuple[int, int]:
     return int(None not in (here, there) and here != there), priority
 
 
-def choose(candidates: Sequence[C], last: C | None) -> C | None:
+def outstanding(candidate: Candidate) -> float:
+    """The load of a member as long as all are about as quick."""
+    return candidate.outstanding
+
+
+def choose(candidates: Sequence[C], last: C | None, load: Callable[[C], float] = outstanding) -> C | None:
     """The member with the fewest outstanding calls, then rank, then least recent; standby only without an active one.
 
     ``last`` is where the calling thread was: it stays there while that is as good.
+
+    :param load: what counts in place of the outstanding calls.
     """
     best: C | None = None
     for candidate in candidates:
-        if best is None or _better(candidate, best):
+        if best is None or _better(candidate, best, load(candidate), load(best)):
             best = candidate
     if best is None or last is None or best is last:
         return best
     if (
         any(candidate is last for candidate in candidates)
         and last.standby == best.standby
-        and last.outstanding <= best.outstanding
+        and load(last) <= load(best)
         and last.rank <= best.rank
     ):
         return last
     return best
 
 
-def _better(one: Candidate, other: Candidate) -> bool:
+def _better(one: Candidate, other: Candidate, load: float, others: float) -> bool:
     if one.standby != other.standby:
         return other.standby
-    if one.outstanding != other.outstanding:
-        return one.outstanding < other.outstanding
+    if load != others:
+        return load < others
     if one.rank != other.rank:
         return one.rank < other.rank
     return one.last_used < other.last_used

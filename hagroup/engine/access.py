@@ -9,9 +9,8 @@ from hagroup.config.logging import get_logger
 from hagroup.config.pins import Pin
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.ckr import CKR
-from hagroup.core.records import LoginState
 from hagroup.core.states import State
-from hagroup.engine.login import APPLICATION, CKU_SO, CKU_USER, PIN_ERRORS, log_in, record_stale
+from hagroup.engine.login import APPLICATION, CKU_SO, CKU_USER, PIN_ERRORS, last_logins, log_in, record_stale
 from hagroup.engine.member import Life, Member
 from hagroup.engine.roster import CONNECTION_LOST, PIN_CHANGED, Roster, open_life
 from hagroup.errors import DomainMismatch, GroupUnavailable, HAError, MemberQuarantined, NotOnGroup, OutcomeUnknown
@@ -60,6 +59,9 @@ class Access:
             known = self._roster.pins.known(candidate)
             if known is None:
                 known = self._wait_for_sources(candidate)
+            if known is False:  # by those that came first: the others may know it
+                self._roster.all_had_a_turn()
+                known = self._roster.pins.known(candidate)
             if known is False and self._some_wait_for_a_pin():
                 known = None  # the members that log in by themselves have another PIN than these
             if known is False:
@@ -94,14 +96,8 @@ class Access:
 
     def _in_order(self) -> list[tuple[Member, Life]]:
         """Connected members, the one with the latest recorded success first; waits for that one, or for any. Those with
-        a PIN source come last: it may give another PIN than the application's, which is for the members without one.
-
-        A refusal counts where the application's PIN was refused: so wrong PINs, even of programs that are started again
-        and again, all go to one member."""
-        when: dict[str, float] = {}
-        for record in self._roster.journal.logins():
-            if record.state is LoginState.ACCEPTED or record.source == APPLICATION:
-                when[record.member] = max(record.boot_time, when.get(record.member, 0.0))
+        a PIN source come last: it may give another PIN than the application's, which is for the members without one."""
+        when = last_logins(self._roster.journal)
         members = sorted(
             self._roster.members.values(),
             key=lambda member: (member.config.pin is not None, -when.get(member.name, 0.0)),

@@ -43,21 +43,23 @@ class Caller:
         mechanism: int | None = None,
         need_keys: bool = False,
         only: Member | None = None,
+        making: bool = False,
     ) -> T:
         """Run ``operation`` on one member after the other until one gives an answer that counts.
 
         :param objects: what it uses; a candidate must be able to use all of them.
         :param logged_in: the virtual session is logged in (decides what USER_NOT_LOGGED_IN means).
         :param need_keys: only members whose domain keys are known.
+        :param making: it is the making of an object, for which slow members are left alone.
         :raises Ckr: the application's error.
         :raises GroupUnavailable: no member can serve this now.
         :raises CallTimeout: two members died or hung in it.
         """
         attempt: _Attempt | None = None  # most calls succeed where their thread was before, and need none
-        member = None if need_keys or only is not None else self._roster.stay(objects)
+        member = None if need_keys or making or only is not None else self._roster.stay(objects)
         while True:
             if member is None:
-                attempt = attempt or self._begin(objects, need_keys=need_keys, only=only)
+                attempt = attempt or self._begin(objects, need_keys=need_keys, only=only, making=making)
                 member = attempt.next_member()
             life = member.life
             if life is None:  # it failed between being chosen and now
@@ -74,15 +76,15 @@ class Caller:
                 except Ckr as error:
                     again = error
                 except DeadlinePassed as error:
-                    attempt = attempt or self._begin(objects, need_keys=need_keys, only=only)
+                    attempt = attempt or self._begin(objects, need_keys=need_keys, only=only, making=making)
                     self._roster.timed_out(member, life)
                     attempt.died(member, error)
                 except CONNECTION_LOST as error:
-                    attempt = attempt or self._begin(objects, need_keys=need_keys, only=only)
+                    attempt = attempt or self._begin(objects, need_keys=need_keys, only=only, making=making)
                     self._roster.lost(member, life, str(error))
                     attempt.lost(member, error)
                 except Missing as error:
-                    attempt = attempt or self._begin(objects, need_keys=need_keys, only=only)
+                    attempt = attempt or self._begin(objects, need_keys=need_keys, only=only, making=making)
                     if error.uid is not None and self._roster.look_again(member, life, error.uid):
                         attempt.come_back(member)
                     else:
@@ -92,7 +94,7 @@ class Caller:
             finally:
                 self._roster.done(member)
             if again is not None:
-                attempt = attempt or self._begin(objects, need_keys=need_keys, only=only)
+                attempt = attempt or self._begin(objects, need_keys=need_keys, only=only, making=making)
                 authenticate = any(item.always_authenticate for item in objects)
                 verdict = classify(
                     again.rv, member.config.errors, logged_in=logged_in, always_authenticate=authenticate
@@ -100,20 +102,28 @@ class Caller:
                 attempt.answered(member, life, again, verdict, mechanism)
             member = None
 
-    def _begin(self, objects: Sequence[Usable], *, need_keys: bool, only: Member | None) -> _Attempt:
-        return _Attempt(self._roster, objects, need_keys=need_keys, only=only, patience=self._patience)
+    def _begin(self, objects: Sequence[Usable], *, need_keys: bool, only: Member | None, making: bool) -> _Attempt:
+        return _Attempt(self._roster, objects, need_keys=need_keys, only=only, making=making, patience=self._patience)
 
 
 class _Attempt:
     """What one call has learnt so far."""
 
     def __init__(
-        self, roster: Roster, objects: Sequence[Usable], *, need_keys: bool, only: Member | None, patience: float
+        self,
+        roster: Roster,
+        objects: Sequence[Usable],
+        *,
+        need_keys: bool,
+        only: Member | None,
+        making: bool,
+        patience: float,
     ) -> None:
         self._roster = roster
         self._objects = objects
         self._need_keys = need_keys
         self._only = only
+        self._making = making
         self._patience = patience
         self._started: float | None = None
         self._tried: set[str] = set()
@@ -131,7 +141,7 @@ class _Attempt:
     def next_member(self) -> Member:
         while True:
             candidates = [member for member in self._roster.members.values() if self._can(member)]
-            member = self._roster.pick(candidates) if candidates else None
+            member = self._roster.pick(candidates, making=self._making) if candidates else None
             if member is not None:
                 return member
             self._none_left()

@@ -11,7 +11,16 @@ from hagroup.core.calls import Ckr, Handle, Mechanism, SessionId
 from hagroup.core.ckr import CKR
 from hagroup.core.records import ObjectRecord, ObjectState
 from hagroup.engine.domain import open_envelope, seal
-from hagroup.engine.domain_keys import CARRIER, DomainKeys, IntegrityAlarm, scratch_session, throw_away_key
+from hagroup.engine.domain_keys import (
+    CARRIER,
+    DomainKeys,
+    IntegrityAlarm,
+    decrypt,
+    encrypt,
+    scratch_session,
+    throw_away_key,
+)
+from hagroup.engine.envelope import NONCE_LENGTH
 from hagroup.errors import DomainMismatch
 from hagroup.members.api import Connection
 
@@ -53,13 +62,26 @@ def _digest(connection: Connection, sid: SessionId, salt: bytes, key: Handle, *,
         raise
 
 
+class _Reference(msgspec.Struct, frozen=True, array_like=True):
+    salt: bytes
+    check: bytes
+    """Tells that the key came out right: the salt sealed under it (one call to open), or a digest."""
+    envelope: bytes
+    sealed: bool = False
+    """False: written by an earlier hagroup, ``check`` is a digest over salt and key."""
+
+    @property
+    def attributes(self) -> dict[int, bytes]:
+        return {int(CKA.LABEL): self.salt, int(CKA.CHECK_VALUE): self.check}
+
+
 def reference_envelope(connection: Connection, keys: DomainKeys, *, timeout: float) -> bytes:
     """An envelope of a throw-away key, with what tells that it was opened right: opens only with both keys (G9)."""
     salt = os.urandom(16)
     with scratch_session(connection, timeout=timeout) as sid:
         key = throw_away_key(connection, sid=sid, timeout=timeout)
-        digest = _digest(connection, sid, salt, key, timeout=timeout)
-        attributes = {int(CKA.LABEL): salt, int(CKA.CHECK_VALUE): digest}
+        check = b"".join(encrypt(connection, key, salt, b"", sid=sid, timeout=timeout))
+        unsealed = _Reference(salt, check, b"", sealed=True)
         envelope = seal(
             connection,
             keys,
@@ -69,22 +91,22 @@ def reference_envelope(connection: Connection, keys: DomainKeys, *, timeout: flo
             revision=0,
             object_class=CKO.SECRET_KEY,
             key_type=CKK.AES,
-            attributes=attributes,
+            attributes=unsealed.attributes,
             timeout=timeout,
         )
-    return msgspec.msgpack.encode([salt, digest, envelope])
+    return msgspec.msgpack.encode(msgspec.structs.replace(unsealed, envelope=envelope))
 
 
 def open_reference(connection: Connection, keys: DomainKeys, reference: bytes, *, timeout: float) -> None:
-    """Prove a member's keys by a reference envelope.
+    """Prove a member's keys by a reference envelope. Every start of a program waits for these calls: three.
 
     :raises DomainMismatch: a key of the domain differs; the text says which.
     """
     try:
-        salt, digest, envelope = msgspec.msgpack.decode(reference, type=tuple[bytes, bytes, bytes])
+        made = msgspec.msgpack.decode(reference, type=_Reference)
     except msgspec.DecodeError:
         raise IntegrityAlarm("the reference envelope is damaged") from None
-    record = _trial_record({int(CKA.LABEL): salt, int(CKA.CHECK_VALUE): digest}, envelope)
+    record = _trial_record(made.attributes, made.envelope)
     with scratch_session(connection, timeout=timeout) as sid:
         try:
             key = open_envelope(connection, keys, sid, record, CARRIER, timeout=timeout)
@@ -93,9 +115,18 @@ def open_reference(connection: Connection, keys: DomainKeys, reference: bytes, *
                 "the partition secret differs: the outer layer of an envelope that a member of the group made does not "
                 "open on this one"
             ) from error
-        found = _digest(connection, sid, salt, key, timeout=timeout)
-    if digest and found and found != digest:
+        right = _is_right(connection, sid, key, made, timeout=timeout)
+    if not right:
         raise DomainMismatch("the domain key differs: an envelope opens on this member to another key")
+
+
+def _is_right(connection: Connection, sid: SessionId, key: Handle, made: _Reference, *, timeout: float) -> bool:
+    """Whether the key that came out is the one that was put in."""
+    if made.sealed:
+        nonce, sealed = made.check[:NONCE_LENGTH], made.check[NONCE_LENGTH:]
+        return decrypt(connection, key, nonce, sealed, b"", sid=sid, timeout=timeout) == made.salt
+    found = _digest(connection, sid, made.salt, key, timeout=timeout)
+    return not made.check or not found or found == made.check
 
 
 def challenge(

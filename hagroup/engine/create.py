@@ -205,7 +205,7 @@ class Maker:
             return record
 
         record = self._group.caller.run(
-            [], draft, logged_in=self._group.access.user, need_keys=source.envelope is not None
+            [], draft, logged_in=self._group.access.user, need_keys=source.envelope is not None, making=True
         )
         if token:
             self._replicate([record])
@@ -271,6 +271,7 @@ class Maker:
             logged_in=self._group.access.user,
             mechanism=None if mech is None else mech[0],
             need_keys=True in tokens,
+            making=True,
         )
         stored = [record for record, _, _ in result if is_true(record, CKA.TOKEN)]
         if stored:

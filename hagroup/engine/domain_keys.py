@@ -165,8 +165,8 @@ def decrypt(
         if error.rv not in NOT_OPENED:
             raise
         fresh = os.urandom(NONCE_LENGTH)
-        trial = connection.encrypt(_gcm(fresh, b"trial"), key, b"trial", timeout=timeout)
-        connection.decrypt(_gcm(fresh, b"trial"), key, trial, timeout=timeout)
+        trial = connection.encrypt(_gcm(fresh, b"trial"), key, b"trial", sid=sid, timeout=timeout)
+        connection.decrypt(_gcm(fresh, b"trial"), key, trial, sid=sid, timeout=timeout)
         return None
 
 

@@ -61,16 +61,18 @@ class GroupEngine:
         *,
         workers: Callable[[], Executor] = thread_pool,
         supervised: bool = True,
+        one_first: bool = False,
     ) -> None:
         """:param workers: makes the pool that does the work; a test's may do it at once, in the calling thread.
         :param supervised: have a thread look after the members; else somebody calls ``supervisor.tick``.
+        :param one_first: connect one member before the others, for a quick first call.
         """
         self._supervised = supervised
         self.config = config
         self.journal = journal
         self.clock = clock
         self.view = View(journal, serve_offline=config.journal.offline_serving == "allow")
-        self.roster = Roster(config, journal, self.view, clock, workers)
+        self.roster = Roster(config, journal, self.view, clock, workers, one_first=one_first)
         self.caller = Caller(self.roster)
         self.mirror = None if config.journal.mirror is None else Mirror(config.journal.mirror)
         self.replicator = Replicator(self.roster, self.view, journal, self.mirror)
@@ -138,6 +140,7 @@ class GroupEngine:
         )
 
     def mechanisms(self) -> Mapping[int, MechanismInfo]:
+        self.roster.all_had_a_turn()
         lives = self._lives()
         if not lives:
             raise GroupUnavailable("no member is connected: the group's mechanisms are not known now")

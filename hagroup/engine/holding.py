@@ -6,6 +6,8 @@ changed finds the new ones in the journal, wrapped for its own transport key, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from hagroup.config.logging import get_logger
@@ -34,9 +36,12 @@ def learn(
     connection: Connection,
     *,
     timeout: float,
+    found: Callable[[DomainKeys], None] | None = None,
 ) -> DomainKeys:
     """The group's keys on a member whose user is logged in, each pair proved by its reference envelope (G9).
 
+    :param found: called before they are proved, where there is no other pair: for what need not wait for the proof, but
+        counts only after it.
     :raises DomainMismatch: it has not got them, and cannot come to them without people.
     :raises GroupUnavailable: another process is just giving it the new ones.
     """
@@ -46,6 +51,8 @@ def learn(
         if not _may_take(group, member, connection, timeout=timeout):
             raise
         keys = _take(journal, group, member, wrap_mechanism, connection, timeout=timeout)
+    if found is not None and group.rotation is None:
+        found(keys)
     open_reference(connection, keys, group.reference, timeout=timeout)
     return msgspec.structs.replace(keys, older=_older(group, wrap_mechanism, connection, timeout=timeout))
 

@@ -124,6 +124,16 @@ class PinStore:
             self._by_member.clear()
 
 
+def last_logins(journal: Journal) -> dict[str, float]:
+    """When (boot time) each member was last logged in to. A refusal counts where the application's PIN was refused: so
+    wrong PINs, even of programs that are started again and again, all go to one member."""
+    when: dict[str, float] = {}
+    for record in journal.logins():
+        if record.state is LoginState.ACCEPTED or record.source == APPLICATION:
+            when[record.member] = max(record.boot_time, when.get(record.member, 0.0))
+    return when
+
+
 def log_in(
     journal: Journal,
     member: Member,

@@ -100,16 +100,19 @@ def show_seal(view: View, member: Member, life: Life, *, timeout: float) -> None
         life.manifest_sealed, life.manifest_head = shown.sealed, shown.head
 
 
-def check(journal: Journal, view: View, member: Member, life: Life, *, timeout: float) -> None:
+def check(
+    journal: Journal, view: View, member: Member, life: Life, *, timeout: float, shown: Manifest | None = None
+) -> None:
     """On connecting: what the token's manifest says against what the journal says.
 
+    :param shown: what was just read of the token already.
     :raises OtherGroup: the token belongs to another group.
     :raises JournalMismatch: the token has seen changes that this journal never announced: the *journal* was restored
         or copied; nothing may be changed or repaired by it.
     """
     assert life.keys is not None
     record = view.members[member.name]
-    found = read(life.connection, life.keys, timeout=timeout)
+    found = shown or read(life.connection, life.keys, timeout=timeout)
     behind = None if found is None else _behind(journal, view, member, found)
     member.journal_behind = behind
     if behind is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -47,6 +48,7 @@ class Replication:
 
         :raises GroupReadOnly: fewer members than ``min_replicas`` and ``degraded = "refuse"``.
         """
+        self._roster.all_had_a_turn()
         wanted = self._settings.min_replicas
         if len(self.targets()) < wanted and self._roster.may_come():
             self._roster.wake()
@@ -164,7 +166,10 @@ class Replication:
                     self.ended(member, uids)  # nobody is asked
                 raise
             records = apart
-            futures = {self._roster.run(self._install, member, life, records): member for member, life in targets}
+            futures = {
+                self._roster.lanes.run(member.name, partial(self._install, member, life, records)): member
+                for member, life in targets
+            }
             self._gather(intent, futures)
         except BaseException:
             # Whatever came in between (the journal cannot be reached; Ctrl-C): it must not stay half-made.
@@ -176,8 +181,12 @@ class Replication:
         return record if now is None else msgspec.structs.replace(record, member_id=now.member_id)
 
     def _install(self, member: Member, life: Life, records: Sequence[ObjectRecord]) -> Result:
+        begun = self._roster.clock.boot()
         try:
-            return self._group.replicator.install(member, life, records)
+            result = self._group.replicator.install(member, life, records)
+            if result.outcome is Outcome.CONFIRMED:
+                self._roster.took(member, self._roster.clock.boot() - begun)
+            return result
         except Exception as error:
             log.warning("replica.failed", member=member.name, error=str(error))
             return Result(member.name, Outcome.UNKNOWN, error)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,12 +20,14 @@ from hagroup.core.attributes import CKA
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone, StaleGeneration, WorkerFault
 from hagroup.core.ckr import CKR
 from hagroup.core.clock import Clock
+from hagroup.core.pace import Paces
 from hagroup.core.records import MemberRecord, Membership, Observation, Role
 from hagroup.core.selection import choose, rank
 from hagroup.core.states import Event, State
-from hagroup.engine import holding, manifest
+from hagroup.engine import head_start, holding, manifest
 from hagroup.engine.domain_keys import DomainKeys
-from hagroup.engine.login import APPLICATION, PIN_ERRORS, LoginHeld, PinStore, log_in
+from hagroup.engine.lanes import Lanes
+from hagroup.engine.login import APPLICATION, PIN_ERRORS, LoginHeld, PinStore, last_logins, log_in
 from hagroup.engine.member import Life, Member, Usable
 from hagroup.engine.view import View
 from hagroup.errors import ConfigurationError, DomainMismatch, HAError, JournalUnavailable, MemberQuarantined
@@ -98,7 +102,10 @@ class Roster:
         view: View,
         clock: Clock,
         workers: Callable[[], Executor] = thread_pool,
+        *,
+        one_first: bool = False,
     ) -> None:
+        """:param one_first: connect one member before the others, for a quick first call (see ``head_start``)."""
         self._workers = workers
         self.config = config
         self.journal = journal
@@ -110,6 +117,8 @@ class Roster:
         self.members: dict[str, Member] = {}
         self.tasks = self._workers()
         self._running: set[Future[Any]] = set()
+        self.lanes = Lanes(self.run)
+        self._paces = Paces()
         self._lock = threading.RLock()
         self.changed = threading.Condition(self._lock)
         """Notified at every change of a member's state."""
@@ -127,8 +136,28 @@ class Roster:
         self._moved = -1
         self._here = threading.local()
         self._closed = False
+        self._head_start = head_start.HeadStart()
         view.dropped = self._forget_handles
         self.follow_journal()
+        if one_first:
+            self._let_one_go_first()
+
+    def _let_one_go_first(self) -> None:
+        members = list(self.members.values())
+        logins, seen = last_logins(self.journal), self.journal.observations()
+        one = head_start.first(members, logins, seen, os.getpid())
+        if one is not None:
+            others = [member for member in members if member is not one]
+            self._head_start.give(one, others, self.clock.boot())
+
+    def all_had_a_turn(self) -> None:
+        """What concerns all members waits, for a moment, until those that were not connected first had their turn."""
+        if self._head_start.waiting:
+            with self.changed:
+                self._head_start.hurry()
+            self.wake()
+            self.wait_for_change(head_start.FIRST_TURN, lambda: not self._head_start.waiting)
+            self._head_start.waiting.clear()  # that was the moment
 
     def _forget_handles(self, uids: Collection[bytes] | None) -> None:
         """What moved in the journal may have been made anew on a member: its handle there may be another key's."""
@@ -233,11 +262,16 @@ class Roster:
     def serving(self) -> list[Member]:
         return [member for member in self.members.values() if member.serving]
 
-    def pick(self, candidates: list[Member]) -> Member | None:
-        """Choose, and count the call as outstanding there; give it back with :meth:`done`."""
+    def pick(self, candidates: list[Member], *, making: bool = False) -> Member | None:
+        """Choose, and count the call as outstanding there; give it back with :meth:`done`.
+
+        :param making: for the many calls of making an object: a slow member gets them only where the wait for the
+            others would be longer.
+        """
         last: Member | None = getattr(self._here, "last", None)
         with self._lock:
-            member = choose(self._rested(candidates), last)
+            rested = self._rested(candidates)
+            member = choose(rested, last, self._time_for_making()) if making else choose(rested, last)
             if member is not None:
                 if member.rests:  # this call is its trial; until it answered, the others go elsewhere
                     member.rest_until = self.clock.boot() + self.config.timeouts.call + self.config.timeouts.probe
@@ -246,6 +280,15 @@ class Roster:
                 member.last_used = self._uses
         self._here.last = member
         return member
+
+    def _time_for_making(self) -> Callable[[Member], float]:
+        now = self.clock.boot()
+        return lambda member: (member.outstanding + 1) * self._paces.slower(member.name, now)
+
+    def took(self, member: Member, seconds: float) -> None:
+        """This member took new objects, that all were asked to take, in so many seconds."""
+        with self._lock:
+            self._paces.told(member.name, seconds, self.clock.boot())
 
     def _rested(self, candidates: list[Member]) -> list[Member]:
         """Without those that answered a probe but not a call, for a growing while: each call there may be a stall."""
@@ -288,6 +331,7 @@ class Roster:
             now = self.clock.boot()
             member.failures = member.failures + 1 if now - member.entered < _SHORT_LIFE else 0
             member.next_attempt = now + self.pause_before(member.failures)
+            self._head_start.failed(member)
             self.changed.notify_all()
         log.warning("member.failed", member=member.name, reason=why)
         self.submit(self._kill_when_idle, life)
@@ -471,6 +515,11 @@ class Roster:
         finally:
             with self.changed:
                 member.busy = False
+                self._head_start.waiting.discard(member.name)
+                if member.life is None:
+                    self._head_start.failed(member)
+                elif member.life.keys is not None:  # else it waits for the application's PIN
+                    self._head_start.served(member, self.clock.boot())
                 self.changed.notify_all()
             self.wake()
         return member.life is not None
@@ -564,9 +613,16 @@ class Roster:
 
     def find_keys(self, member: Member, life: Life) -> None:
         """After a login: the domain's keys, proved by the member (G9), and what its manifest says (DESIGN.md 4.6)."""
+        timeout = self.config.timeouts.call
+        reading: list[Future[manifest.Manifest | None]] = []
+
+        def read_already(keys: DomainKeys) -> None:
+            reading.append(self.run(partial(manifest.read, life.connection, keys, timeout=timeout)))
+
         try:
-            life.keys = self._learn(member, life)
-            manifest.check(self.journal, self.view, member, life, timeout=self.config.timeouts.call)
+            life.keys = self._learn(member, life, read_already)
+            shown = reading[0].result() if reading else None  # believed only now that the keys were proved
+            manifest.check(self.journal, self.view, member, life, timeout=timeout, shown=shown)
         except BaseException as error:
             life.keys = None
             self.lost(member, life, str(error))  # it is logged in, and must not serve by that
@@ -574,12 +630,16 @@ class Roster:
         # The check may just have taken its admission away.
         self.view.refresh()
         self.follow_journal()
+        if member.life is life:
+            with self.changed:
+                self._head_start.served(member, self.clock.boot())
+            self.wake()
 
-    def _learn(self, member: Member, life: Life) -> DomainKeys:
+    def _learn(self, member: Member, life: Life, found: Callable[[DomainKeys], None] | None = None) -> DomainKeys:
         group, record = self.view.group, self.view.members[member.name]
         timeout = self.config.timeouts.generate
         wrap = member.config.wrap_mechanism
-        return holding.learn(self.journal, group, record, wrap, life.connection, timeout=timeout)
+        return holding.learn(self.journal, group, record, wrap, life.connection, timeout=timeout, found=found)
 
     def usable_keys(self, member: Member) -> bool:
         """Whether this process has the keys on this member under which everything new is sealed."""
@@ -622,6 +682,8 @@ class Roster:
         self.changed = threading.Condition(self._lock)
         self.tasks = self._workers()
         self._running = set()
+        self.lanes.renew_after_fork()
+        self._head_start.renew_after_fork()
         self._here = threading.local()
         self.pins.renew_after_fork()
         for member in self.members.values():

@@ -122,6 +122,8 @@ class Worker:
             self._control.send(msgspec.msgpack.encode(answer))
         except OSError:
             pass  # the main thread sees that nobody listens any more
+        gc.collect()
+        gc.freeze()  # what is here now stays: no later collection has to look at it
 
     def _load(self, start: Start) -> Hello | StartFailed:
         settings = start.settings
@@ -134,10 +136,7 @@ class Worker:
         module = Module(load(settings.module, settings.name), settings)
         executor = Executor(module, start.generation)
         self._executor = executor
-        hello = Hello(module.info, module.token_info(), executor.mechanisms)
-        gc.collect()
-        gc.freeze()  # what is here now stays: no later collection has to look at it
-        return hello
+        return Hello(module.info, module.token_info(), executor.mechanisms)
 
     # -- channels
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from hagroup.core.attributes import CKA, CKK, CKO, pack_bool, pack_ulong
+from hagroup.core.attributes import CKA, CKK, CKM, CKO, pack_bool, pack_ulong
 from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
 from hagroup.core.records import ObjectRecord, ObjectState
@@ -25,7 +25,7 @@ from hagroup.engine.domain import (
     seal_data,
     seal_private_data,
 )
-from hagroup.engine.domain_keys import scratch_session, throw_away_key
+from hagroup.engine.domain_keys import encrypt, scratch_session, throw_away_key
 from hagroup.engine.enforcement import Enforcement, probe_enforcement
 from hagroup.engine.joining import generate_domain, import_domain, join_domain
 from hagroup.engine.manifest import Manifest
@@ -268,6 +268,31 @@ def test_one_differing_secret_is_named() -> None:
         finally:
             for connection in connections:
                 connection.close()
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "digest"])
+def test_a_reference_tells_when_another_key_comes_out(both: list[Member], sealed: bool) -> None:
+    """As from a module whose mechanism for RFC 5649 is another one. The digest: by an earlier hagroup, still opened."""
+    connection, keys, salt = both[0].connection, both[0].keys, os.urandom(16)
+
+    def made(sid: int, right: bool) -> bytes:
+        put_in = throw_away_key(connection, sid=sid, timeout=T)
+        told_of = put_in if right else throw_away_key(connection, sid=sid, timeout=T)
+        if sealed:
+            check = b"".join(encrypt(connection, told_of, salt, b"", sid=sid, timeout=T))
+        else:
+            check = connection.digest((int(CKM.SHA256), None), [salt, told_of], sid=sid, timeout=T)
+        attributes = {int(CKA.LABEL): salt, int(CKA.CHECK_VALUE): check}
+        envelope = seal(
+            connection, keys, sid, put_in, uid=b"hagroup trial".ljust(16, b"\0"), revision=0,
+            object_class=CKO.SECRET_KEY, key_type=CKK.AES, attributes=attributes, timeout=T,
+        )  # fmt: skip
+        return msgspec.msgpack.encode([salt, check, envelope, True] if sealed else [salt, check, envelope])
+
+    with scratch_session(connection, timeout=T) as sid:
+        open_reference(connection, keys, made(sid, right=True), timeout=T)
+        with pytest.raises(DomainMismatch, match="domain key"):
+            open_reference(connection, keys, made(sid, right=False), timeout=T)
 
 
 def test_a_damaged_reference_is_an_alarm(both: list[Member]) -> None:

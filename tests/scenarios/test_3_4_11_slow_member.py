@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hagroup import KeyType, Mechanism
-from tests.support.faulty import FaultGroup, Load, make_fault_group, set_timeouts
-from tests.support.groups import wait_until
+from hagroup.engine.lanes import WIDTH
+from tests.support.faults import CRYPTO
+from tests.support.faulty import FaultGroup, Load, engine, make_fault_group, set_timeouts
+from tests.support.groups import run_client, wait_until
 from tests.support.separately import rate_of_each
 
 SLOW = "hsm2"
@@ -93,3 +97,80 @@ def test_a_new_key_does_not_wait_for_it(faulty: FaultGroup, session: Any) -> Non
         ]
 
     wait_until(caught_up, "the slow member to catch up")
+
+
+def test_no_key_is_made_on_it(faulty: FaultGroup, session: Any) -> None:
+    """Who would make one there would wait for each of its many calls, while the others stand idle."""
+    faulty.heal(session)
+    control = faulty.controls[SLOW]
+    for one in faulty.controls.values():
+        one.service(50.0 * (10 if one is control else 1), AT_ONCE, scope="C_UnwrapKey")
+    for number in range(2):
+        session.generate_key(KeyType.AES, 256, store=True, label=f"both {number}")
+    wait_until(lambda: not engine(session).journal.owed(), "the slow member to take them: now it is known to be slow")
+    control.reset()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: session.generate_key(KeyType.AES, 256, store=True, label=f"here {n}"), range(12)))
+    made = control.counts().get("C_GenerateKey", 0)
+    for one in faulty.controls.values():
+        one.service_off()
+    assert made == 0
+    faulty.heal(session)
+
+
+def test_what_it_has_still_to_do_does_not_hold_up_the_others(faulty: FaultGroup, session: Any) -> None:
+    """Each key leaves it something to do; all threads of the program together are fewer than that."""
+    faulty.heal(session)
+    control, tasks = faulty.controls[SLOW], engine(session).roster.tasks
+    threads, tasks._max_workers = tasks._max_workers, len(tasks._threads) + WIDTH + 4
+    held = control.add("C_UnwrapKey,C_CreateObject", "late")
+    keys = tasks._max_workers + 1
+    done = threading.Event()
+
+    def make() -> None:
+        for number in range(keys):
+            faulty.prefer(session, "hsm1")
+            session.generate_key(KeyType.AES, 256, store=True, label=f"many {number}")
+        done.set()
+
+    maker = threading.Thread(target=make)
+    maker.start()
+    try:
+        control.wait_held(held)
+        assert done.wait(15.0), "the calls returned while the slow member was still at the first keys (its limit: 60 s)"
+    finally:
+        tasks._max_workers = threads
+        control.clear()
+        maker.join()
+    faulty.heal(session)
+    assert len([label for label in faulty.labels()[SLOW] if label.startswith("many")]) == keys
+
+
+FIRST_USE = """
+key = session.get_key(object_class=ObjectClass.PRIVATE_KEY, label="start")
+key.sign(b"data", mechanism=Mechanism.SHA256_RSA_PKCS)
+"""
+
+
+def test_a_programs_first_signature_waits_for_few_calls_and_one_member(faulty: FaultGroup, session: Any) -> None:
+    """Both secrets are proved before (G9): an envelope's two layers, what came out, and the manifest."""
+    session.generate_keypair(KeyType.RSA, 2048, store=True, label="start")
+    faulty.heal(session)
+    marks = {name: control.last_sequence() for name, control in faulty.controls.items()}
+    run_client(faulty.group, FIRST_USE)
+    traces = [control.trace(since=marks[name]) for name, control in faulty.controls.items()]
+    (trace,) = [trace for trace in traces if any(call.function == "C_Sign" for call in trace)]
+    signature = next(number for number, call in enumerate(trace) if call.function == "C_Sign")
+    before = [call.function for call in trace[:signature] if call.pid == trace[signature].pid]
+    counts = Counter(function for function in before if function in CRYPTO)
+    assert counts == {"C_Decrypt": 3, "C_UnwrapKey": 1}
+
+    names = sorted(faulty.names)
+    for name in names[:2]:
+        faulty.controls[name].add("C_Initialize", "hang")
+    try:
+        begun = time.monotonic()
+        run_client(faulty.group, FIRST_USE + "import os; os._exit(0)")
+        assert time.monotonic() - begun < 10.0, "those that hang when they start hold up nobody (their limit: 15 s)"
+    finally:
+        faulty.clear()

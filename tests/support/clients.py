@@ -25,7 +25,7 @@ class Client:
 
     def __init__(self, group: GroupFixture) -> None:
         self.group = group
-        self.engine: GroupEngine = bootstrap.open_group(group.toml)
+        self.engine: GroupEngine = bootstrap.open_group(group.toml, one_first=False)
         self.session: VirtualSession = self.engine.open_session(rw=True)
         self.session.login(1, PIN.encode())
 

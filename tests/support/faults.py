@@ -14,6 +14,7 @@ if str(FIXTURES) not in sys.path:
     sys.path.append(str(FIXTURES))
 
 from faultcontrol import (  # noqa: E402
+    CRYPTO,
     CallInProgress,
     FaultControl,
     FaultControlError,
@@ -23,6 +24,7 @@ from faultcontrol import (  # noqa: E402
 )
 
 __all__ = [
+    "CRYPTO",
     "FIXTURES",
     "CallInProgress",
     "FaultControl",

@@ -19,6 +19,7 @@ from typing import Any
 
 import hagroup as pkcs11
 from hagroup import Attribute
+from hagroup.core.pace import Paces
 from tests.support import plain
 from tests.support.faults import FaultControl, build_interposer
 from tests.support.groups import PIN, GroupFixture, make_group, wait_until
@@ -72,6 +73,7 @@ class FaultGroup:
         """This thread's next call goes to this member, if that is as good as others."""
         roster = engine(session).roster
         roster._here.last = roster.members[name]
+        roster._paces = Paces()  # one that just failed may be the slowest
 
     @staticmethod
     def in_use(session: Any) -> str:

@@ -46,6 +46,20 @@ def test_order() -> None:
     assert choose([recent, long_ago], None) is long_ago, "then least recent"
 
 
+def test_a_slow_member_is_left_alone_until_the_wait_for_others_is_longer() -> None:
+    slow, quick = Candidate(last_used=1), Candidate(last_used=9)
+    factor = {id(slow): 10.0, id(quick): 1.0}
+
+    def load(one: Candidate) -> float:
+        return (one.outstanding + 1) * factor[id(one)]
+
+    assert choose([slow, quick], slow, load) is quick, "although it stands idle, and the thread was there"
+    quick.outstanding = 8
+    assert choose([slow, quick], None, load) is quick
+    quick.outstanding = 10
+    assert choose([slow, quick], None, load) is slow
+
+
 def test_a_thread_stays_while_that_is_as_good() -> None:
     here, other = Candidate(last_used=9), Candidate(last_used=1)
     assert choose([other, here], here) is here

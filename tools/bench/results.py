@@ -24,9 +24,9 @@ def summary(answers: list[Row]) -> Row:
     if not times:
         return {"rate": 0.0, "calls": 0, "last third": 0.0, "errors": errors} | dict.fromkeys(_NUMBERS, 0.0)
     seconds = max(answer["seconds"] for answer in answers)
-    late = sum(1 for begun, took in calls if seconds * 2 / 3 <= begun + took)
+    late = sum(_within(call, seconds * 2 / 3, seconds) for call in calls)
     return {
-        "rate": sum(len(answer["calls"]) / answer["seconds"] for answer in answers),
+        "rate": sum(_within(call, 0.0, a["seconds"]) / a["seconds"] for a in answers for call in a["calls"]),
         "calls": len(times),
         "last third": late / (seconds / 3),
         "median": statistics.median(times),
@@ -37,6 +37,12 @@ def summary(answers: list[Row]) -> Row:
         "memory": sum(answer["memory"] for answer in answers),
         "errors": errors,
     }
+
+
+def _within(call: tuple[float, float], begin: float, end: float) -> float:
+    """The part of a call that lies in this time: while the last and longest one ends, the other threads do nothing."""
+    begun, took = call
+    return max(0.0, min(end, begun + took) - max(begin, begun)) / took
 
 
 _TIMES = ("median", "p90", "p99", "longest")

@@ -141,9 +141,10 @@ class Cell:
         self._go.set()
         time.sleep(seconds)
         self._stop.set()
+        ended = time.perf_counter()
         for thread in self._threads:
             thread.join()
-        ended, used = time.perf_counter(), processor() - used
+        used = processor() - used
         calls = [(start - begun, took) for mine in self._calls for start, took in mine]
         return {
             "calls": calls,
