@@ -15,7 +15,7 @@ import pytest
 from hagroup.core.attributes import CKA, CKM, CKO, pack_ulong
 from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
-from hagroup.core.records import Membership
+from hagroup.core.records import OBJECT_MISSING, Membership
 from hagroup.engine import manifest
 from hagroup.engine.domain_keys import seal_data
 from hagroup.engine.resync import LEASE
@@ -306,3 +306,22 @@ def test_a_manifest_of_an_earlier_hagroup_is_read_and_replaced(world: Simulation
     assert len([item for item in token.objects.values() if item.label.startswith(manifest.LABEL)]) == 1
     found = manifest.read(connection, keys, timeout=1)
     assert found is not None and found.high > newest.high and found.revision > 0
+
+
+def test_what_was_made_since_a_member_was_connected_is_not_taken_for_lost(
+    world: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module of a client that just came may not show yet what another process made a moment ago."""
+    a, b = world.client("A"), world.client("B")
+    b.ready()
+    member = b.engine.roster.members["hsm2"]
+    life = member.life
+    assert life is not None
+    make(a)
+    life.proved_since_low = False
+    monkeypatch.setattr(life.connection, "find", lambda *_, **__: [])
+    wait(world, b, 10)
+    assert member.life is not None
+    assert member.life is not life, "it looked again, in another life"
+    assert [event.kind for event in b.real.events(limit=100) if event.kind == OBJECT_MISSING] == []
+    assert [len(held(member)) for member in world.members.values()] == [1, 1, 1]
