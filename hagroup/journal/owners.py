@@ -33,10 +33,13 @@ class Registration:
             self.owner = secrets.token_hex(8)
             path = folder / self.owner
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_nlink:
-                break
-            os.close(descriptor)  # somebody tidied it away before it was locked
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_nlink:
+                    break
+            except BlockingIOError:
+                pass  # somebody just asks whether it is held (and may have been forked in that, or stopped)
+            os.close(descriptor)  # or tidied it away before it was locked
         self._descriptor = descriptor
 
     def release(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sqlite3
@@ -17,7 +18,7 @@ import pytest
 from hagroup.config.model import JournalSection, SqliteUrl
 from hagroup.core.records import OwedKind
 from hagroup.errors import JournalMismatch, JournalUnavailable
-from hagroup.journal import SqliteJournal, binding, open_journal, schema
+from hagroup.journal import SqliteJournal, binding, open_journal, owners, schema
 from hagroup.journal.database import Database
 from tests.support.journals import (
     LABEL,
@@ -260,6 +261,30 @@ def test_changes_go_back_a_bounded_way(journal, monkeypatch):
 
 
 # -- owners, workers, boots ------------------------------------------------------------------------------------------
+
+
+def test_who_asks_for_an_owner_that_just_registers_does_not_hold_it_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be stopped, or forked, while it asks: then another name is taken."""
+    names = iter(["asked for", "free"])
+    held = []
+    flock = fcntl.flock
+
+    def asked_first(descriptor: int, how: int) -> None:
+        if not held:
+            held.append(os.open(tmp_path / "asked for", os.O_RDONLY))
+            flock(held[0], fcntl.LOCK_SH)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(owners.secrets, "token_hex", lambda _: next(names))
+    monkeypatch.setattr(owners.fcntl, "flock", asked_first)
+    registration = owners.Registration(tmp_path)
+    monkeypatch.undo()
+    assert registration.owner == "free"
+    assert owners.is_held(tmp_path, "free")
+    registration.release()
+    os.close(held[0])
 
 
 def test_worker_is_dead_when_its_lock_is_free(journal):
