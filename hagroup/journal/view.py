@@ -16,9 +16,11 @@ import fcntl
 import mmap
 import os
 import secrets
+import time
 from pathlib import Path
 
 _SIZE = 8
+_PATIENCE, _LOOK_AGAIN = 5.0, 0.005  # seconds
 
 
 class ViewNumber:
@@ -45,13 +47,13 @@ class ViewNumber:
         return (status.st_dev, status.st_ino) == self._identity
 
     def attach(self) -> None:
-        """Map the file, made where it is missing. Raises OSError.
+        """Map the file, made where it is missing. Raises OSError, also if another process keeps it locked.
 
         A new file begins with a random number above all real ones: no reader can have seen it, so all look again.
         """
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _lock(descriptor)
             status = os.fstat(descriptor)
             fresh = status.st_size < _SIZE
             if fresh:
@@ -66,3 +68,16 @@ class ViewNumber:
         finally:
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: mmap keeps a duplicate of the descriptor
             os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """:raises OSError: whoever has the lock, for an instant, was stopped in it: nobody else must hang for that."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOK_AGAIN)

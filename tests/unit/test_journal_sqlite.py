@@ -18,7 +18,7 @@ import pytest
 from hagroup.config.model import JournalSection, SqliteUrl
 from hagroup.core.records import OwedKind
 from hagroup.errors import JournalMismatch, JournalUnavailable
-from hagroup.journal import SqliteJournal, binding, open_journal, owners, schema
+from hagroup.journal import SqliteJournal, binding, open_journal, owners, schema, view
 from hagroup.journal.database import Database
 from tests.support.journals import (
     LABEL,
@@ -258,6 +258,17 @@ def test_changes_go_back_a_bounded_way(journal, monkeypatch):
     assert journal.changes(since, epoch).everything
     near = journal.group().change - 1
     assert journal.changes(near, epoch).uids == {record.uid}
+
+
+def test_a_process_that_was_stopped_with_the_view_file_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(view, "_PATIENCE", 0.05)
+    with (tmp_path / "view").open("w") as stopped:
+        fcntl.flock(stopped, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError):
+            view.ViewNumber(tmp_path / "view").attach()
+    view.ViewNumber(tmp_path / "view").attach()
 
 
 # -- owners, workers, boots ------------------------------------------------------------------------------------------
