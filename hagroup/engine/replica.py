@@ -227,6 +227,7 @@ def locate(
     *,
     timeout: float,
     claimed: Callable[[Locator], bool] | None = None,
+    everywhere: bool = False,
 ) -> list[Handle]:
     """All matches after locator *and* fingerprint.
 
@@ -234,6 +235,7 @@ def locate(
     :param claimed: whether another live object is at this locator. Given it, where nothing was found the search is
         repeated without label and id, since somebody may have changed these behind the group's back. Without it that
         would be dangerous: a copy under another label has the same fingerprint.
+    :param everywhere: repeat it in any case: what was made late, and found, may stand beside an older one.
     """
     found: dict[Handle, None] = {}
     for locator in dict.fromkeys(locators):
@@ -242,9 +244,9 @@ def locate(
                 _is_it(connection, handle, locator.object_class, fingerprint, timeout=timeout) is not False
             ):
                 found[handle] = None
-    if found or claimed is None:
-        return list(found)
-    return _anywhere(connection, locators, fingerprint, claimed, timeout=timeout)
+    if claimed is not None and (everywhere or not found):
+        found |= dict.fromkeys(_anywhere(connection, locators, fingerprint, claimed, timeout=timeout))
+    return list(found)
 
 
 def _anywhere(

@@ -111,12 +111,14 @@ class Replicator:
         records: Sequence[ObjectRecord],
         *,
         anew: Sequence[Locator] = (),
+        doubted: bool = False,
         kind: OwedKind = OwedKind.INSTALL,
         lease: Lease | None = None,
     ) -> Result:
         """Make token objects there (rows claimed and sent), prove them, confirm.
 
         :param anew: it may be there already, whole or in half, under these locators too: look, and replace it.
+        :param doubted: an earlier attempt may have been executed, or be executed yet.
         :param kind: what the rows owe: a ``set`` may be brought to its end by making the object anew.
         """
         assert life.keys is not None
@@ -125,7 +127,7 @@ class Replicator:
         unknown = False
         for record in records:
             try:
-                old = self._there_already(member, life, record, anew) if anew else []
+                old = self._there_already(member, life, record, anew, doubted=doubted) if anew else []
                 replica.install(
                     life.connection, life.keys, record, timeout=self._timeout, with_record=not self._mirrored
                 )
@@ -164,7 +166,7 @@ class Replicator:
         return Result(member.name, Outcome.OVERTAKEN if overtaken else Outcome.CONFIRMED)
 
     def _there_already(
-        self, member: Member, life: Life, record: ObjectRecord, locators: Sequence[Locator]
+        self, member: Member, life: Life, record: ObjectRecord, locators: Sequence[Locator], *, doubted: bool
     ) -> list[Handle]:
         """What is on the token of this object and may go: under any locator that it had, else (somebody may have
         changed label and id behind the group's back) wherever no other live object is."""
@@ -177,6 +179,7 @@ class Replicator:
             record.attributes,
             timeout=self._timeout,
             claimed=self._claimed_by_others(record.uid),
+            everywhere=doubted,
         )
         return self._destroyable(member, life, record.uid, places)(found)
 

@@ -267,7 +267,10 @@ class Resync:
                 return False
             if row.kind is OwedKind.SET:
                 manifest.raise_high(self._view, member, life, row.change, timeout=self._timeout)
-            result = self._replicator.install(member, life, [record], anew=anew, kind=row.kind, lease=lease)
+            doubted = bool(row.unanswered)
+            result = self._replicator.install(
+                member, life, [record], anew=anew, doubted=doubted, kind=row.kind, lease=lease
+            )
         if result.outcome is not Outcome.CONFIRMED:
             return False
         if over:

@@ -168,6 +168,22 @@ FOUND: dict[str, tuple[int, list[Step]]] = {
             ("restore", 19027, 57013, 18431),
         ],
     ),
+    # what was made late on a token that was put back hid the older one beside it, under a label of before
+    "late beside an older one": (
+        906442,
+        [
+            ("create", 8004, 30740, 37419),
+            ("snapshot", 38888, 6037, 1191),
+            ("set_label", 52454, 7189, 19389),
+            ("off", 46249, 4126, 48295),
+            ("create", 21428, 9284, 54778),
+            ("destroy", 61765, 56639, 2520),
+            ("fault", 49898, 27829, 34401),
+            ("restore", 29642, 21579, 6821),
+            ("set_label", 24581, 53697, 62158),
+            ("set_label", 9503, 49011, 58722),
+        ],
+    ),
     # of two attribute changes at once, one was refused as if the object was gone
     "two changes": (
         4039,
