@@ -10,7 +10,6 @@ from __future__ import annotations
 from hagroup.core.records import OBJECT_MISSING, OBJECT_REAPPEARED, OwedKind
 from hagroup.engine import about, manifest, replica
 from hagroup.engine.member import Life, Member
-from hagroup.engine.stored_records import has_record
 from hagroup.engine.view import View
 from hagroup.journal.api import Journal
 
@@ -52,20 +51,6 @@ def missing_of(
             life.connection, tombstone.locators, tombstone.fingerprint, {}, timeout=timeout
         ):
             rows.append((member.name, uid, OwedKind.DESTROY))
-    return rows
-
-
-def without_record(
-    journal: Journal, member: Member, life: Life, uids: list[bytes], *, timeout: float
-) -> list[tuple[str, bytes, OwedKind]]:
-    """Rows for what is there without the record beside it: the token was put back to a state between the two."""
-    rows = []
-    for uid in uids:
-        record, copies, owed = journal.object_with_placement(uid)
-        if record is None or member.name in owed or member.name not in copies or record.change > life.began:
-            continue
-        if not has_record(life.connection, uid, timeout=timeout):
-            rows.append((member.name, uid, OwedKind.INSTALL))
     return rows
 
 

@@ -342,10 +342,6 @@ class Resync:
         if rows and self.we_are_current(member):
             recent.report(self._journal, member.name, rows)
             self._journal.owe(rows, reason=None)
-        if self._replicator.mirror is None:  # else the records are there
-            bare = recent.without_record(self._journal, member, life, uids, timeout=self._timeout)
-            if bare and self._roster.is_still_whole(member, life):
-                self._journal.owe(bare, reason=None)
         return True
 
     def _may_be_hidden(self, member: Member, life: Life, uid: bytes) -> bool:

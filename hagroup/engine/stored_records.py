@@ -63,11 +63,6 @@ def _contents(connection: Connection, *, timeout: float) -> Iterator[tuple[Handl
         yield handle, values
 
 
-def has_record(connection: Connection, uid: bytes, *, timeout: float) -> bool:
-    """Whether there is any beside the object, of whatever revision."""
-    return bool(_find(connection, [(int(CKA.OBJECT_ID), uid)], timeout=timeout))
-
-
 def older_records(connection: Connection, keys: DomainKeys, *, timeout: float) -> Iterator[tuple[Handle, bytes, int]]:
     """(handle, UID, revision) of records on the token that are, or whose envelope is, under keys that were replaced."""
     for handle, values in _contents(connection, timeout=timeout):
