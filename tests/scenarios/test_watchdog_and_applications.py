@@ -299,7 +299,7 @@ LAST = PHASES[-1]
 HIT = r"""
 import os, signal, sys
 from pathlib import Path
-from hagroup.journal import SqliteJournal
+from hagroup.journal import SqliteJournal, database
 from hagroup.watchdog import group as loop
 from hagroup.watchdog.heartbeat import Heart
 from hagroup.watchdog.telling import Teller
@@ -311,7 +311,9 @@ def here(phase):
         to, number, where = wanted.read_text().split(" ", 2)
         if to in ("anybody", str(os.getpid())) and where == phase:
             wanted.unlink()
+            database._before_fork()  # not while another thread is inside SQLite: who is stopped there stops all changes
             os.kill(os.getpid(), int(number))
+            database._after_fork_in_parent()
 def hook(owner, name, called=None):
     method = getattr(owner, name)
     def hooked(*args, **kwargs):
