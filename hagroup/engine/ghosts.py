@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from hagroup.config.logging import get_logger
-from hagroup.core.attributes import CKO
+from hagroup.core.attributes import CKA, CKO
 from hagroup.core.calls import Ckr, Handle
 from hagroup.core.ckr import CKR
 from hagroup.core.records import Locator
@@ -72,13 +72,14 @@ def _is_ghost(
     """
     if entry.object_class is None:
         return True
-    if entry.object_class == CKO.DATA and entry.label.startswith(OWN_LABEL):
-        return not entry.own or not entry.id
-    if entry.token and entry.label and (entry.object_class, entry.label) not in names:
+    ours = entry.label.startswith(OWN_LABEL) or (entry.object_class, entry.label) in names
+    if entry.token and entry.label and not ours:
         return False  # a stranger: others put it there, and may see more of it
-    if entry.own or entry.locator in locators:
+    if (entry.own and entry.id) or entry.locator in locators:
         return False
     try:
+        if entry.own and entry.object_class == CKO.DATA:
+            return connection.get(entry.handle, [int(CKA.VALUE)], timeout=timeout)[0].get(CKA.VALUE) == b""
         return is_empty(connection, entry.handle, entry.object_class, entry.key_type, timeout=timeout)
     except Ckr as error:
         if error.rv in (CKR.OBJECT_HANDLE_INVALID, CKR.KEY_HANDLE_INVALID):

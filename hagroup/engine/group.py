@@ -310,9 +310,10 @@ class GroupEngine:
 
     def unusable_after_fork(self, why: BaseException) -> None:
         """Whoever uses it here is told so; the parent's threads and connections that it may still have are not ours."""
+        cause = str(why) or type(why).__name__
         self._unusable = (
-            f"this process was forked while the group's journal could not be opened ({why}): when it can be, call the "
-            "library's reinitialize()"
+            f"this process was forked, and the group could not be taken up in it ({cause}): when that is mended, "
+            "call the library's reinitialize()"
         )
         log.warning("group.unusable-after-fork", error=self._unusable)
 

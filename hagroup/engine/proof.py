@@ -213,7 +213,10 @@ _PRIVATE_VALUE: dict[int | None, CKA] = {
 def is_empty(
     connection: Connection, handle: Handle, object_class: int, key_type: int | None, *, timeout: float
 ) -> bool:
-    """Whether it is nothing but a shell: SoftHSM makes that first, and then fills in what makes an object of it."""
+    """Whether it is nothing but a shell: SoftHSM makes that first, and then fills in what makes an object of it.
+
+    The member has to show that the value is empty. Where it only does not show the value, nothing is known.
+    """
     if object_class == CKO.SECRET_KEY:
         salt = os.urandom(_SALT_LENGTH)
         try:
@@ -226,7 +229,8 @@ def is_empty(
     numbers = _VALUE.get(object_class, ())
     if object_class == CKO.PRIVATE_KEY and key_type in _PRIVATE_VALUE:
         numbers = (_PRIVATE_VALUE[key_type],)
-    return bool(numbers) and not any(_read(connection, handle, numbers, sid=0, timeout=timeout).values())
+    shown = _read(connection, handle, numbers, sid=0, timeout=timeout) if numbers else {}
+    return bool(shown) and not any(shown.values())
 
 
 # -- proof -------------------------------------------------------------------------------------------------------------

@@ -337,7 +337,8 @@ class Resync:
         rows = recent.missing_of(self._journal, member, life, uids, timeout=self._timeout)
         if rows and not self._roster.is_still_whole(member, life):
             return False
-        if any([self._may_be_hidden(member, life, uid) for _, uid, kind in rows if kind is OwedKind.INSTALL]):  # noqa: C419
+        hidden = [self._may_be_hidden(member, life, uid) for _, uid, kind in rows if kind is OwedKind.INSTALL]
+        if any(hidden):
             return False
         if rows and self.we_are_current(member):
             recent.report(self._journal, member.name, rows)

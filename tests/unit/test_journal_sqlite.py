@@ -286,6 +286,7 @@ def test_who_asks_for_an_owner_that_just_registers_does_not_hold_it_up(
         if not held:
             held.append(os.open(tmp_path / "asked for", os.O_RDONLY))
             flock(held[0], fcntl.LOCK_SH)
+        assert how & fcntl.LOCK_NB, "it would wait for ever"
         flock(descriptor, how)
 
     monkeypatch.setattr(owners.secrets, "token_hex", lambda _: next(names))
