@@ -7,12 +7,15 @@ that moved since the ``low`` of the token's own manifest is looked for; then the
 
 from __future__ import annotations
 
-from hagroup.core.records import OBJECT_MISSING, OBJECT_REAPPEARED, OwedKind
+from hagroup.core.records import OBJECT_MISSING, OBJECT_REAPPEARED, ObjectRecord, OwedKind
 from hagroup.engine import about, manifest, replica
 from hagroup.engine.member import Life, Member
+from hagroup.engine.stored_records import has_its_record
+from hagroup.engine.twins import others_at
 from hagroup.engine.view import View
 from hagroup.journal.api import Journal
 
+_FIRST_REVISION = 1
 MOST = 200
 """Looking for more objects than this one by one costs more than a full inventory."""
 STEP = 64
@@ -26,11 +29,14 @@ def moved_since_low(journal: Journal, view: View, life: Life) -> list[bytes] | N
 
 
 def missing_of(
-    journal: Journal, member: Member, life: Life, uids: list[bytes], *, timeout: float
+    journal: Journal, member: Member, life: Life, uids: list[bytes], *, with_record: bool, timeout: float
 ) -> list[tuple[str, bytes, OwedKind]]:
-    """Rows for what the journal has on the member and is not there, or is there although it was destroyed.
+    """Rows for what the journal has on the member and is not there as it should be, or is there although it was
+    destroyed.
 
     What is still being created counts as well: whoever brings it to life counts the members that confirmed it.
+
+    :param with_record: whether sealed records are kept beside objects.
     """
     rows = []
     for uid in uids:
@@ -38,12 +44,7 @@ def missing_of(
         if member.name in owed:
             continue
         if record is not None:
-            if member.name not in copies:
-                continue
-            found = replica.locate(
-                life.connection, [record.locator], record.fingerprint, record.attributes, timeout=timeout
-            )
-            if not found:
+            if member.name in copies and not _is_there(journal, life, record, with_record=with_record, timeout=timeout):
                 rows.append((member.name, uid, OwedKind.INSTALL))
             continue
         tombstone = journal.tombstone(uid)
@@ -52,6 +53,22 @@ def missing_of(
         ):
             rows.append((member.name, uid, OwedKind.DESTROY))
     return rows
+
+
+def _is_there(journal: Journal, life: Life, record: ObjectRecord, *, with_record: bool, timeout: float) -> bool:
+    """Once, and as it should be.
+
+    An object has its record for as long as it is there (:func:`replica.install`), unless it was changed: then the token
+    may have been put back to the middle of that.
+    """
+    found = replica.locate(life.connection, [record.locator], record.fingerprint, record.attributes, timeout=timeout)
+    if len(found) != 1:
+        return len(found) > 1 and bool(others_at(journal, record.uid, [record.locator]))
+    if record.revision == _FIRST_REVISION:
+        return True
+    return replica.agrees(life.connection, found[0], record, timeout=timeout) and (
+        not with_record or has_its_record(life.connection, record, timeout=timeout)
+    )
 
 
 def report(journal: Journal, name: str, rows: list[tuple[str, bytes, OwedKind]]) -> None:

@@ -153,19 +153,24 @@ def install(
 ) -> None:
     """Make the token object with its final attributes and prove it; nothing of it stays where that fails.
 
-    :param with_record: keep the sealed record beside it (the second place of G1).
+    :param with_record: keep the sealed record beside it (the second place of G1). It is there before the object, and
+        goes before it (:func:`remove`): so a search for the object alone tells whether a token that was put back to an
+        earlier state lacks anything, or has too much.
     """
-    handle = _make(connection, keys, record, token=True, sid=0, timeout=timeout)
+    handle: Handle | None = None
     try:
-        if prove(connection, handle, record, timeout=timeout) is Proof.MISMATCH:
-            raise IntegrityAlarm(f"what was made of the envelope of object {record.uid.hex()} is not that object")
         if with_record:
             store_record(connection, keys, record, timeout=timeout)
+        handle = _make(connection, keys, record, token=True, sid=0, timeout=timeout)
+        if prove(connection, handle, record, timeout=timeout) is Proof.MISMATCH:
+            raise IntegrityAlarm(f"what was made of the envelope of object {record.uid.hex()} is not that object")
     except (MemberGone, WorkerFault, DeadlinePassed):
         raise  # nobody is there to undo it; the owed row stays in doubt
     except Exception:
-        _destroy(connection, handle, timeout=timeout)
-        drop_records(connection, record.uid, timeout=timeout)
+        if handle is not None:
+            _destroy(connection, handle, timeout=timeout)
+        if with_record:
+            drop_records(connection, record.uid, timeout=timeout)
         raise
 
 
@@ -295,17 +300,18 @@ def remove(
     :param choose: which of those found may go, where other objects of the group may have the same value in that place.
     """
     found = locate(connection, locators, fingerprint, attributes, timeout=timeout, claimed=claimed)
-    for handle in found if choose is None else choose(found):
-        _destroy(connection, handle, timeout=timeout)
+    chosen = found if choose is None else choose(found)
     drop_records(connection, uid, timeout=timeout)
+    for handle in chosen:
+        _destroy(connection, handle, timeout=timeout)
     return bool(found)
 
 
 def discard(connection: Connection, record: ObjectRecord, old: Sequence[Handle], *, timeout: float) -> None:
     """After the object was made anew: what it replaces goes, and the records of other revisions."""
+    drop_records(connection, record.uid, timeout=timeout, but=record.revision)
     for handle in old:
         _destroy(connection, handle, timeout=timeout)
-    drop_records(connection, record.uid, timeout=timeout, but=record.revision)
 
 
 def apply_set(

@@ -334,7 +334,8 @@ class Resync:
         uids = recent.moved_since_low(self._journal, self._view, life)
         if uids is None:
             return self.inventory(member, life)
-        rows = recent.missing_of(self._journal, member, life, uids, timeout=self._timeout)
+        with_record = self._replicator.mirror is None
+        rows = recent.missing_of(self._journal, member, life, uids, with_record=with_record, timeout=self._timeout)
         if rows and not self._roster.is_still_whole(member, life):
             return False
         hidden = [self._may_be_hidden(member, life, uid) for _, uid, kind in rows if kind is OwedKind.INSTALL]

@@ -63,6 +63,20 @@ def _contents(connection: Connection, *, timeout: float) -> Iterator[tuple[Handl
         yield handle, values
 
 
+def has_its_record(connection: Connection, record: ObjectRecord, *, timeout: float) -> bool:
+    """Whether the record of this revision, and of no other, is beside the object."""
+    labels = []
+    for handle in _find(connection, [(int(CKA.OBJECT_ID), record.uid)], timeout=timeout):
+        try:
+            values, _ = connection.get(handle, [int(CKA.LABEL)], timeout=timeout)
+        except Ckr as error:
+            if error.rv != CKR.OBJECT_HANDLE_INVALID:  # replaced meanwhile
+                raise
+            continue
+        labels.append(values.get(CKA.LABEL))
+    return labels == [_label(record.uid, record.revision)]
+
+
 def older_records(connection: Connection, keys: DomainKeys, *, timeout: float) -> Iterator[tuple[Handle, bytes, int]]:
     """(handle, UID, revision) of records on the token that are, or whose envelope is, under keys that were replaced."""
     for handle, values in _contents(connection, timeout=timeout):

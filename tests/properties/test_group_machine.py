@@ -153,6 +153,21 @@ FOUND: dict[str, tuple[int, list[Step]]] = {
             ("restore", 7358, 26661, 12174),
         ],
     ),
+    # a token was put back to a state between an object and the record beside it
+    "between object and record": (
+        904683,
+        [
+            ("hang", 28663, 42838, 61386),
+            ("create", 30603, 33375, 45859),
+            ("back", 25669, 2361, 50963),
+            ("fault", 4747, 29354, 37091),
+            ("create", 3036, 43938, 35263),
+            ("hang", 16671, 18252, 7811),
+            ("snapshot", 12268, 50003, 13306),
+            ("create", 8279, 16378, 723),
+            ("restore", 19027, 57013, 18431),
+        ],
+    ),
     # what was made late on a token that was put back hid the older one beside it, under a label of before
     "late beside an older one": (
         906442,
