@@ -28,11 +28,13 @@ def lay_out(
     *,
     whole: Collection[str] = (),
     under: Collection[str] = (),
+    named: bool = False,
 ) -> list[Line]:
     """Text for a terminal that is ``width`` characters wide.
 
     :param whole: columns that are never folded. A line is longer than the terminal only if these alone are.
     :param under: columns that go below their line, as running text, where the line would be too long for the terminal.
+    :param named: there each is named. (Of several each is anyway.)
     """
     rows = [[_printable(cell) for cell in line] for line in lines]
     shown = list(range(len(columns)))
@@ -41,7 +43,7 @@ def lay_out(
     if under and _total(widths) > width:
         shown = [place for place in shown if columns[place] not in under]
         widths = [widths[place] for place in shown]
-        texts = [_running(columns, row, under) for row in rows]
+        texts = [_running(columns, row, under, named or len(under) > 1) for row in rows]
     _narrow(widths, width, [columns[place] not in whole for place in shown])
     found = [Line(text, None) for text in _folded([columns[place] for place in shown], widths)]
     indent = min(widths[0] + _GAP, _INDENT_MOST)
@@ -49,6 +51,13 @@ def lay_out(
         found += [Line(one, number) for one in _folded([row[place] for place in shown], widths)]
         found += [Line(" " * indent + one, number) for one in fold(text, width - indent)]
     return found
+
+
+def without_empty(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns in which some line says something, and a dash where another says nothing."""
+    rows = list(lines)
+    places = [place for place in range(len(columns)) if any(row[place] for row in rows)]
+    return [columns[place] for place in places], [[row[place] or "-" for place in places] for row in rows]
 
 
 def fold(text: str, width: int) -> list[str]:
@@ -69,10 +78,9 @@ def _total(widths: Sequence[int]) -> int:
     return sum(widths) + _GAP * (len(widths) - 1)
 
 
-def _running(columns: Sequence[str], row: Sequence[str], under: Collection[str]) -> str:
-    """One column speaks for itself; of several each is named."""
+def _running(columns: Sequence[str], row: Sequence[str], under: Collection[str], named: bool) -> str:
     said = [(column, cell) for column, cell in zip(columns, row, strict=True) if column in under and cell]
-    return ", ".join(cell if len(under) == 1 else f"{column} {cell}" for column, cell in said)
+    return ", ".join(f"{column} {cell}" if named else cell for column, cell in said)
 
 
 def _narrow(widths: list[int], width: int, gives_way: Sequence[bool]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from hagroup.config.load import load
 from hagroup.config.model import GroupConfig, MemberConfig, SqliteUrl
 from hagroup.config.pins import Pin, pin_source_identity, pin_source_stamp, read_pin_stamped
 from hagroup.core.attributes import CKA, CKK, CKO
+from hagroup.core.records import OwedKind
 from hagroup.core.states import State
 from hagroup.engine import leaving, membership, replica
 from hagroup.engine import setup as group_setup
@@ -223,6 +224,25 @@ def journal_behind(path: Path, *, pin: PinOptions) -> str | None:
     group = _logged_in(path, pin)
     try:
         return group.roster.journal_behind()
+    finally:
+        group.close()
+
+
+def repair(path: Path, wrong: Mapping[str, Mapping[bytes, OwedKind]], *, pin: PinOptions) -> dict[str, str]:
+    """Owe members what differs there, and work it off. Returns who could not be repaired, and why."""
+    group = _logged_in(path, pin)
+    left = {}
+    try:
+        for name, found in wrong.items():
+            member = group.roster.members.get(name)
+            life = None if member is None else member.life
+            if member is None or life is None:
+                left[name] = "it does not answer now"
+            elif not group.supervisor.repair(member, life, found):
+                left[name] = member.journal_behind or "it, or its journal, is not whole now; see `ha-admin status`"
+        with going_down("objects repaired", lambda: group.journal.counts()["owed"]):
+            group.supervisor.sync_now()
+        return left
     finally:
         group.close()
 

@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from hagroup.admin import commands
+from hagroup.admin.columns import without_empty
 from hagroup.admin.options import (
     DEGRADED,
     USAGE,
@@ -229,7 +230,7 @@ def journal_todo(
             )
             for one in shown
         ]
-        table(("number", "date (UTC)", "action", *names, "complete"), lines, under=("action",))
+        table(*without_empty(("number", "date (UTC)", "action", *names, "complete"), lines), under=("action",))
     else:
         say("nothing is to be done")
     if any(not one.complete for one in shown):

@@ -50,17 +50,19 @@ def table(
     lines: Iterable[Sequence[str]],
     *,
     under: Collection[str] = (),
+    named: bool = False,
     styles: Sequence[str | None] = (),
 ) -> None:
     """Lines under headers.
 
     :param under: columns that go below their line where the terminal is too narrow for it.
+    :param named: with their names.
     :param styles: of each line.
     """
     from rich.text import Text
 
     console = _console()
-    for text, row in lay_out(columns, lines, console.width, whole=_WHOLE, under=under):
+    for text, row in lay_out(columns, lines, console.width, whole=_WHOLE, under=under, named=named):
         style = "bold" if row is None else styles[row] if styles else None
         console.print(Text(text), style=style if sys.stdout.isatty() else None, soft_wrap=True)
 
@@ -80,9 +82,9 @@ def paragraph(text: str, *, indent: int = 0, style: str | None = None) -> None:
 def status(found: Status) -> None:
     console = _console()
     group = found.group
-    sync = "in sync" if group.in_sync else "NOT in sync"
+    sync = ", in sync" if group.in_sync else "" if group.state == "out of sync" else ", NOT in sync"
     console.print(
-        f"group {group.label} ({group.serial}): {group.state}, {sync}", style=_STYLES.get(group.state, "yellow")
+        f"group {group.label} ({group.serial}): {group.state}{sync}", style=_STYLES.get(group.state, "yellow")
     )
     paragraph(f"journal {found.journal.url}: {'ok' if found.journal.ok else 'not reachable'}", indent=4)
     if found.journal.reason:
@@ -102,11 +104,21 @@ def status(found: Status) -> None:
             since = "" if member.state == "failed" else f" (since {when(member.since)} UTC)"
             text = f"{member.name}: {member.state}{since}: {member.reason}"
             paragraph(text, indent=4, style=_STYLES.get(member.state))
+    _what_to_do(found)
     if found.events:
         console.print()
     for event in found.events:
         of = f" {event.member}:" if event.member else ""
         paragraph(f"{when(event.time)} {event.kind}:{of} {event.text}", indent=4)
+
+
+def _what_to_do(found: Status) -> None:
+    if any(member.state == "failed" for member in found.members):
+        paragraph(
+            "a failed member comes back by itself once it answers; `ha-admin doctor` looks for the cause", indent=4
+        )
+    if not found.group.in_sync:
+        paragraph("`ha-admin sync --dry-run` shows what is to be done, `ha-admin sync` does it now", indent=4)
 
 
 def _members(found: Status) -> None:
@@ -126,7 +138,7 @@ def _members(found: Status) -> None:
         for member in found.members
     ]
     columns = ("member", "serial", "role", "state", "missing", "stale", "delete", "unmanaged", *more)
-    table(columns, lines, under=more, styles=[_STYLES.get(member.state) for member in found.members])
+    table(columns, lines, under=more, named=True, styles=[_STYLES.get(member.state) for member in found.members])
 
 
 def _more_columns(found: Status) -> list[str]:
@@ -134,7 +146,7 @@ def _more_columns(found: Status) -> list[str]:
     wanted = {
         "site": any(member.site for member in found.members),
         "unanswered": any(member.unanswered for member in found.members),
-        "ms": any(member.latency_ms is not None for member in found.members),
+        "latency": any(member.latency_ms is not None for member in found.members),
     }
     return [column for column, shown in wanted.items() if shown]
 
@@ -144,7 +156,7 @@ def _more(member: MemberStatus, column: str) -> str:
         return member.site or ""
     if column == "unanswered":
         return str(member.unanswered)
-    return "" if member.latency_ms is None else f"{member.latency_ms:.1f}"
+    return "" if member.latency_ms is None else f"{member.latency_ms:.1f} ms"
 
 
 def facts(found: Mapping[str, object]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from hagroup.admin import commands
+from hagroup.admin.columns import without_empty
 from hagroup.admin.member_commands import opened
 from hagroup.admin.options import DEGRADED, chosen_config, print_json, say
 from hagroup.admin.show import table
@@ -24,7 +25,7 @@ def dry_run(*, as_json: bool) -> int:
     elif steps:
         columns = ("member", "action", "label", "uid", "reason")
         lines = [(one.member, one.action, one.label, one.uid or "", one.reason) for one in steps]
-        table(columns, lines, under=("reason",))
+        table(*without_empty(columns, lines), under=("reason",))
     else:
         say("nothing is to be done")
     return len(steps)

@@ -76,7 +76,7 @@ def report(journal: Journal, name: str, rows: list[tuple[str, bytes, OwedKind]])
     back = [uid for _, uid, kind in rows if kind is OwedKind.DESTROY]
     lost = [uid for _, uid, kind in rows if kind is not OwedKind.DESTROY]
     if lost:
-        text = f"objects that it lost: {len(lost)}; they are made anew there"
+        text = f"objects that it lost, or has otherwise than the group: {len(lost)}; they are made anew there"
         journal.event(OBJECT_MISSING, text, member=name, data=about.known(journal, lost))
     if back:
         text = f"objects that were destroyed and are there again: {len(back)}; they are destroyed once more"

@@ -16,7 +16,7 @@ from hagroup.core.records import MemberRecord, Membership, OwedKind
 from hagroup.core.watch import detection_bound
 from hagroup.engine.login import pin_trouble
 from hagroup.engine.roster import CONNECTION_LOST, open_life
-from hagroup.engine.verify import UNMANAGED_COUNTED
+from hagroup.engine.verify import UNMANAGED_COUNTED, unmanaged_counted
 from hagroup.errors import HAError
 from hagroup.journal.api import Journal
 from hagroup.members import ModuleProblem
@@ -238,21 +238,13 @@ def _member(record: MemberRecord, journal: Journal, answer: _Answer, config: Mem
         missing=owed[OwedKind.INSTALL],
         stale=owed[OwedKind.SET],
         pending_deletes=owed[OwedKind.DESTROY],
-        unmanaged=_unmanaged(journal, record.name),
+        unmanaged=unmanaged_counted(journal, record.name),
         since=_rfc3339(record.since),
         reason=reason or (refusals[0] if refusals else None),
         site=None if config is None else config.site,
         unanswered=sum(row.sent for row in rows),
         latency_ms=answer.latency_ms,
     )
-
-
-def _unmanaged(journal: Journal, name: str) -> int | None:
-    """As ``verify`` counted it last, if that is among the newest events."""
-    for event in reversed(journal.events(limit=500)):
-        if event.kind == UNMANAGED_COUNTED and event.member == name:
-            return int(event.data.get("unmanaged", "0"))
-    return None
 
 
 def _group_state(members: list[MemberStatus]) -> str:

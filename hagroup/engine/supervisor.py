@@ -7,13 +7,13 @@ application: calls wait, if at all, for a member's state, not for this thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from hagroup.config import logging
 from hagroup.core.clock import Clock
-from hagroup.core.records import OBJECT_MISSING, WATCHDOG, Membership, Observation, OwedKind
+from hagroup.core.records import WATCHDOG, Membership, Observation, OwedKind
 from hagroup.core.states import State
-from hagroup.engine import about
+from hagroup.engine import recent
 from hagroup.engine.configuration import Keeper
 from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Replicator
@@ -253,19 +253,24 @@ class Supervisor:
     def _look_for(self, member: Member, uid: bytes) -> None:
         life = member.life
         if life is not None and self._replicator.lacks(member, uid):
-            self._repair(member, life, uid)
+            self.repair(member, life, {uid: OwedKind.INSTALL})
 
-    def _repair(self, member: Member, life: Life, uid: bytes) -> None:
-        """:param life: of before the search that found nothing."""
-        if self._roster.is_still_whole(member, life) and self.resync.we_are_current(member):
-            text, data = "a member lost an object: it is made anew there", about.known(self._journal, [uid])
-            self._journal.event(OBJECT_MISSING, text, member=member.name, data=data)
-            self._journal.owe([(member.name, uid, OwedKind.INSTALL)], reason=None)
-            self.wake()
+    def repair(self, member: Member, life: Life, found: Mapping[bytes, OwedKind]) -> bool:
+        """What is not on a member as it should be is owed there. False: that was no time to conclude anything.
+
+        :param life: of before the search that found nothing.
+        """
+        if not (self._roster.is_still_whole(member, life) and self.resync.we_are_current(member)):
+            return False
+        rows = [(member.name, uid, kind) for uid, kind in found.items()]
+        recent.report(self._journal, member.name, rows)
+        self._journal.owe(rows, reason=None)
+        self.wake()
+        return True
 
     def _prove(self, member: Member, uid: bytes) -> None:
         life = member.life
         if life is None or self._view.members[member.name].membership is not Membership.ADMITTED:
             return
         if not self._replicator.proves(member, uid):
-            self._repair(member, life, uid)
+            self.repair(member, life, {uid: OwedKind.INSTALL})

@@ -17,7 +17,7 @@ from hagroup.config.pins import Pin
 from hagroup.core.attributes import CKA
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.ckr import CKR
-from hagroup.core.records import Locator, MemberRecord, ObjectRecord, ObjectState, Tombstone
+from hagroup.core.records import Locator, MemberRecord, ObjectRecord, ObjectState, OwedKind, Tombstone
 from hagroup.core.templates import install_template
 from hagroup.engine import holding, proof, replica
 from hagroup.engine.group import GroupEngine
@@ -274,9 +274,40 @@ def verify(config: GroupConfig, journal: Journal, pins: Mapping[str, tuple[Pin, 
         found.differences.extend(run.differences)
         found.unmanaged.extend(run.strangers)
         proved += run.proved
-        data = {"unmanaged": str(len(run.strangers))}
-        journal.event(UNMANAGED_COUNTED, "by a comparison with the group's objects", member=record.name, data=data)
+        _remember(journal, record.name, len(run.strangers))
     return msgspec.structs.replace(found, objects=journal.counts()["live"], proved=proved)
+
+
+def unmanaged_counted(journal: Journal, name: str) -> int | None:
+    """As it was counted last, if that is among the newest events."""
+    for event in reversed(journal.events(limit=500)):
+        if event.kind == UNMANAGED_COUNTED and event.member == name:
+            return int(event.data.get("unmanaged", "0"))
+    return None
+
+
+def _remember(journal: Journal, name: str, count: int) -> None:
+    if count != unmanaged_counted(journal, name):
+        text = f"{count} objects on its token are not the group's"
+        journal.event(UNMANAGED_COUNTED, text, member=name, data={"unmanaged": str(count)})
+
+
+_REPAIRS = {
+    Difference.MISSING: OwedKind.INSTALL,
+    Difference.SEVERAL: OwedKind.INSTALL,
+    Difference.OTHER_KEY: OwedKind.INSTALL,
+    Difference.ATTRIBUTES: OwedKind.INSTALL,
+    Difference.REAPPEARED: OwedKind.DESTROY,
+}
+
+
+def repairable(found: Verified) -> dict[str, dict[bytes, OwedKind]]:
+    """By member's name and UID: what makes the differences go away that are not on their way already."""
+    wrong: dict[str, dict[bytes, OwedKind]] = {}
+    for one in found.differences:
+        if one.difference in _REPAIRS and one.uid is not None:
+            wrong.setdefault(one.member, {})[bytes.fromhex(one.uid)] = _REPAIRS[one.difference]
+    return wrong
 
 
 @contextmanager

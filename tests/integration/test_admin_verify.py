@@ -82,6 +82,17 @@ def test_verify_finds_what_was_done_behind_the_back(new_group: Callable[..., Gro
     counted = {member["name"]: member["unmanaged"] for member in group.status()["members"]}
     assert counted["hsm1"] == 0
     assert counted["hsm2"] >= 1
+    plain_before = plain.labels(group.members["hsm2"])
+    assert "--repair" in group.admin("verify").stdout
+    done = group.admin("verify", "--repair")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "differences:" in done.stdout
+    assert done.stdout.rstrip().count("no differences") == 1
+    there = plain.labels(group.members["hsm2"])
+    assert there.count("aes") == 1
+    assert there.count("exchanged") == plain_before.count("exchanged") + 1  # what is not the group's stays
+    assert "stranger" in there
+    assert group.admin("verify").returncode == 0
 
 
 def test_dry_run_tells_the_reasons_and_changes_nothing(new_group: Callable[..., GroupFixture]) -> None:

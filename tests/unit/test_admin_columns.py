@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hagroup.admin.columns import Line, lay_out
+from hagroup.admin.columns import Line, lay_out, without_empty
 
 COLUMNS = ("member", "uid", "label", "why")
 UID = "43e20ad613f4aafa0da15a0ce1dd96f7"
@@ -60,3 +60,14 @@ def test_nothing_is_cut(rows: list[tuple[str, str, str, str]], width: int) -> No
         assert UID in said
     if all(cell.isascii() for row in rows for cell in row):
         assert all(len(line.text) <= width for line in found)
+
+
+def test_columns_in_which_nothing_is_said_are_left_out() -> None:
+    columns, lines = without_empty(("number", "action", "done"), [("", "make it", "yes"), ("", "look", "")])
+    assert columns == ["action", "done"]
+    assert lines == [["make it", "yes"], ["look", "-"]]
+
+
+def test_a_single_column_below_is_named_where_it_does_not_speak_for_itself() -> None:
+    found = lay_out(("member", "ms"), [("hsm1" * 4, "0.3")], 16, under={"ms"}, named=True)
+    assert texts(found)[-1].strip() == "ms 0.3"
