@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -201,28 +201,60 @@ def test_killed_anywhere_the_same_command_completes_it(template: GroupFixture, f
     assert (state / "journal.db-wal").stat().st_size > 0
     (state / "hsm2" / "tokens.away").rename(state / "hsm2" / "tokens")
 
-    step = 0
-    while True:
-        folder = fast_folder / "rebuild-killed"
-        shutil.copytree(state, folder)
-        for file in [folder / "hagroup.toml", *folder.glob("*/softhsm2.conf")]:
-            file.write_text(file.read_text().replace(str(began), str(folder)))
-        group = GroupFixture(folder / "hagroup.toml")
-        group.reload()
-        done = group.admin("journal", "adopt", "--yes", watch=folder, kill_before=(step := step + 1))
+    def completes(group: GroupFixture, step: int) -> None:
         again = group.admin("journal", "adopt", "--yes", "--json")
         assert again.returncode == 0, f"killed before change {step}: {again.stdout}{again.stderr}"
         told = json.loads(again.stdout)
         assert (told["objects"], told["tombstones"], told["doubtful"]) == (3, 2, []), step
+
+    group = killed_before_each_change(state, began, ("adopt", "--yes"), completes)
+    assert group.admin("sync").returncode == 0
+    for name in group.members:
+        assert plain.labels(group.members[name]) == _NAMES[1:]
+
+
+def test_killed_anywhere_in_the_rebuild_of_a_lost_file(group: GroupFixture) -> None:
+    lose(group)
+
+    def completes(group: GroupFixture, step: int) -> None:
+        again = group.admin("journal", "rebuild", "--json")
+        if again.returncode:  # it was complete
+            assert again.returncode == 2 and "nothing was changed" in again.stderr, (step, again.stderr)
+        else:
+            told = json.loads(again.stdout)
+            assert (told["objects"], told["doubtful"], told["not_replicable"]) == (4, [], []), step
+
+    killed = killed_before_each_change(group.folder, group.folder, ("rebuild",), completes)
+    assert killed.admin("sync").returncode == 0
+    assert killed.admin("verify").returncode == 0
+    for name in killed.members:
+        assert sorted(plain.labels(killed.members[name])) == sorted(_NAMES)
+
+
+def killed_before_each_change(
+    state: Path, called: Path, command: tuple[str, ...], completes: Callable[[GroupFixture, int], None]
+) -> GroupFixture:
+    """Kill ``journal COMMAND`` before each of the changes that it makes to files; returns the group of the last run.
+
+    :param state: the group's folder as the command finds it, and ``called`` where it was when it was made.
+    """
+    step = 0
+    while True:
+        folder = state.with_name("rebuild-killed")
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(state, folder)
+        for file in [folder / "hagroup.toml", *folder.glob("*/softhsm2.conf")]:
+            file.write_text(file.read_text().replace(str(called), str(folder)))
+        group = GroupFixture(folder / "hagroup.toml")
+        group.reload()
+        done = group.admin("journal", *command, watch=folder, kill_before=(step := step + 1))
+        completes(group, step)
         left = {path.name.partition("replaced")[0] for path in folder.iterdir() if "journal" in path.name}
         assert left <= {"journal.db", "journal.db.", "journal.db.view", ".journal.db.locks"}, (
             f"killed before change {step}: {left}"
         )
         if done.returncode != -signal.SIGKILL:
             break
-        shutil.rmtree(folder)
     print(f"killed before each of {step - 1} changes to files")
-    assert step > 8
-    assert group.admin("sync").returncode == 0
-    for name in group.members:
-        assert plain.labels(group.members[name]) == _NAMES[1:]
+    assert step > 4
+    return group
