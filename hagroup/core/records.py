@@ -143,7 +143,8 @@ class OwedRow(msgspec.Struct, frozen=True, kw_only=True):
     settled: bool = False
     """What is owed was confirmed; only older attempts keep the row (in doubt)."""
     asked_before: bool = False
-    """It may be there, whole or in half, from before the newest attempt: look before making it."""
+    """It may be there, whole or in half, from before the newest attempt: look before making it. (To be destroyed:
+    another worker may have put it there, so that the one who is asked may not see it yet.)"""
 
     @property
     def sent(self) -> bool:

@@ -72,6 +72,7 @@ class Changer:
             raise Ckr(CKR.OBJECT_HANDLE_INVALID, "C_SetAttributeValue") from error
 
     def _set_once(self, uid: bytes, new: dict[int, bytes], *, logged_in: bool) -> None:
+        begun = self._roster.clock.boot()
         found = self._group.view.object(uid)
         if found is None:
             raise Ckr(CKR.OBJECT_HANDLE_INVALID, "C_SetAttributeValue")
@@ -108,7 +109,7 @@ class Changer:
         after = intent.outcome(old)
         self._mirror(after, intent, targets)
         try:
-            self._conclude(intent, after, self._ask_all(targets, old, after, intent))
+            self._conclude(intent, after, self._ask_all(targets, old, after, intent), begun)
         except BaseException:
             self._group.supervisor.unresolved(intent.id)
             raise
@@ -191,11 +192,14 @@ class Changer:
         finally:  # also where it was destroyed meanwhile: the member did what nobody wants any more, and it is undone
             self._group.replicator.confirm_set(member, life, old, after)
 
-    def _conclude(self, intent: Intent, after: ObjectRecord, results: list[Result]) -> None:
+    def _conclude(self, intent: Intent, after: ObjectRecord, results: list[Result], begun: float) -> None:
         """Accepted by any: only forward. Refused by all, none unknown: back. Else: whoever comes next finds out."""
         refused = [result for result in results if result.outcome is Outcome.REFUSED]
-        if any(result.outcome is Outcome.CONFIRMED for result in results):
+        confirmed = [result.member for result in results if result.outcome is Outcome.CONFIRMED]
+        if confirmed:
             self._group.supervisor.replace(after.uid, [result.member for result in refused])
+            if len(confirmed) < len(self._group.view.members):
+                self._group.supervisor.finish(after.uid, begun)
             return
         for result in results:
             if isinstance(result.error, NoLongerLive):
@@ -242,6 +246,7 @@ class Changer:
     # -- destroy -------------------------------------------------------------------------------------------
     def destroy(self, item: TokenObject) -> None:
         """Tombstone first; then wherever it may be; then return (G2)."""
+        begun = self._roster.clock.boot()
         record = item.record
         uid = record.uid
         if self._group.mirror is not None:
@@ -261,7 +266,7 @@ class Changer:
             except JournalUnavailable as error:
                 not_mirrored = error
 
-        again: list[Member] = []
+        confirmed: list[str] = []
 
         def ask(member: Member, life: Life) -> None:
             try:
@@ -274,16 +279,17 @@ class Changer:
                         tombstone.fingerprint,
                         record.attributes,
                         tombstone.change,
+                        may_be_hidden=owed[member.name].asked_before,
                     )
-                    if result.outcome is Outcome.UNKNOWN and result.error is None:
-                        again.append(member)
+                    if result.outcome is Outcome.CONFIRMED:
+                        confirmed.append(member.name)
             finally:
                 self._group.replication.ended(member, [uid])
 
         futures = {self._roster.submit(ask, member, life): (member, life) for member, life in targets}
         self._group.replication.wait_for(futures)
-        if again:
-            self._group.supervisor.finish(again)
+        if not owed.keys() <= set(confirmed):
+            self._group.supervisor.finish(uid, begun)
         if not_mirrored is not None:
             raise not_mirrored
         log.info("object.destroyed", label=record.attributes.get(CKA.LABEL, b"").decode(errors="replace"))

@@ -112,6 +112,8 @@ class Member:
         """How often in a row a call's deadline passed although the probe that followed was answered."""
         self.missed: dict[bytes, float] = {}
         """UIDs that were not found, with the start of the life in which they were not (see ``Roster.look_again``)."""
+        self.looked_at_again = False
+        """It is being connected anew for that (see ``Roster.look_again``): it will be there in a moment."""
         self.rest_until = 0.0
         """Boot time up to which it gets calls only where nobody else can serve them (while ``rests`` is not 0)."""
         self.busy = False
@@ -128,7 +130,7 @@ class Member:
         """In the child: not connected; what stands in the way of serving for good stays."""
         self.life = None
         self.outstanding = 0
-        self.busy = self.learning = False
+        self.busy = self.learning = self.looked_at_again = False
         self.failures = 0
         self.next_attempt = 0.0
         self.rests = 0

@@ -368,11 +368,13 @@ class Replicator:
         attributes: dict[int, bytes],
         change: int,
         *,
+        may_be_hidden: bool,
         anywhere: bool = False,
         lease: Lease | None = None,
     ) -> Result:
         """Remove the object wherever it may be on this member (row claimed and sent), and confirm.
 
+        :param may_be_hidden: another worker may have put it there: if this one does not see it, it looks again.
         :param anywhere: if it is at none of the locators, look wherever no live object is: the token may be an old one.
         """
         try:
@@ -397,7 +399,7 @@ class Replicator:
             doubt = unknown and not self._answered(member, error)
             self._give_up([(member.name, uid)], doubt=doubt, reason=reason, kind=OwedKind.DESTROY)
             return Result(member.name, Outcome.UNKNOWN if unknown else Outcome.REFUSED, error)
-        if not found and life.began < change and self._roster.look_again(member, life, uid):
+        if not found and may_be_hidden and life.began < change and self._roster.look_again(member, life, uid):
             self._journal.give_up([(member.name, uid)], doubt=False, kind=OwedKind.DESTROY)
             return Result(member.name, Outcome.UNKNOWN)
         if not self._confirm([Confirmation(member=member.name, uid=uid, kind=OwedKind.DESTROY)], lease)[0]:

@@ -313,6 +313,7 @@ class Resync:
             tombstone.fingerprint,
             {},
             tombstone.change,
+            may_be_hidden=row.asked_before,
             anywhere=self._view.members[member.name].membership is not Membership.ADMITTED,
             lease=lease,
         )

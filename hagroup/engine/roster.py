@@ -356,6 +356,7 @@ class Roster:
             if member.life is not life:
                 return True
             member.life = None
+            member.looked_at_again = True
             member.reason = "connected anew, to look for an object again"
             member.happened(Event.LOST)
             member.next_attempt = 0.0
@@ -544,6 +545,7 @@ class Roster:
     def _enter(self, member: Member, life: Life) -> None:
         with self.changed:
             member.life = life
+            member.looked_at_again = False
             member.reason = None
             member.entered = member.last_success = self.clock.boot()
             member.rests = 0
@@ -556,6 +558,7 @@ class Roster:
     def _not_connected(self, member: Member, why: str) -> None:
         with self.changed:
             member.life = None
+            member.looked_at_again = False
             member.happened(Event.LOST)
             member.reason = why
             member.failures += 1

@@ -213,18 +213,34 @@ class Supervisor:
 
     def clean_now(self) -> None:
         """An object was given up: what members hold of it goes now."""
-        for member in self._roster.serving():
-            if self._ready(member) and self._take(member, self._roster.config.timeouts.call):
+        self._clean(self._roster.members.values())
+
+    def _clean(self, members: Iterable[Member]) -> None:
+        for member in list(members):
+            if member.serving and self._ready(member) and self._take(member, self._roster.config.timeouts.call):
                 self._resync_task(member)
 
-    def finish(self, members: list[Member]) -> None:
-        """Members that are being connected anew do what they owe before this returns, within a call's bound."""
+    def finish(self, uid: bytes, begun: float) -> None:
+        """Not all members took a change of an object. Those that were connected anew since it began, to look at their
+        tokens again, or just are, do what they owe before this returns, within a call's bound.
 
-        def there() -> bool:
-            return all(member.serving or not self._roster.may_come(member) for member in members)
+        :param begun: boot time.
+        """
+        _, owed = self._journal.placement(uid)
+        members = [member for name, member in self._roster.members.items() if name in owed]
+        coming = [member for member in members if member.looked_at_again or self._came_since(member, begun)]
+        if coming:
 
-        self._roster.wait_for_change(self._roster.config.timeouts.call, there)
-        self.clean_now()
+            def there() -> bool:
+                return all(member.serving or not self._roster.may_come(member) for member in coming)
+
+            self._roster.wait_for_change(self._roster.config.timeouts.call, there)
+            self._clean(coming)
+
+    @staticmethod
+    def _came_since(member: Member, begun: float) -> bool:
+        life = member.life
+        return member.serving and life is not None and life.started >= begun
 
     def recover_now(self) -> None:
         """An intent of a dead process stands in the way."""

@@ -102,11 +102,16 @@ def new_row(
 def asked(row: OwedRow, asker: Asker) -> OwedRow:
     """Claimed by the asker, who is about to ask the member."""
     attempt = Attempt(asker.number, asker.owner, asker.worker, row.kind, row.revision, asker.now)
+    before = [
+        one
+        for one in row.attempts
+        if row.kind is not OwedKind.DESTROY or one.worker is None or one.worker != asker.worker
+    ]
     return replace(
         row,
         owner=asker.owner,
         attempts=(*row.attempts, attempt),
-        asked_before=row.asked_before or bool(row.attempts),
+        asked_before=row.asked_before or bool(before),
         settled=False,
     )
 
@@ -293,9 +298,14 @@ def _ended(left: OwedRow, gone: Collection[Attempt], state: Situation) -> Outcom
 # -- the object changes ----------------------------------------------------------------------------------------
 
 
-def condemned(row: OwedRow, locators: Iterable[Locator], change: int, alive: Callable[[str], bool]) -> OwedRow:
+def condemned(
+    row: OwedRow, locators: Iterable[Locator], change: int, alive: Callable[[str], bool], *, there: bool
+) -> OwedRow:
     """The object was destroyed. Attempts are kept (they may still execute), and the claim of a living owner who waits
-    for a reply: his confirmation will be refused, and he destroys what he made."""
+    for a reply: his confirmation will be refused, and he destroys what he made.
+
+    :param there: the member confirmed once that it has it.
+    """
     waits = row.owner is not None and _own(row, row.owner) is not None and alive(row.owner)
     return replace(
         row,
@@ -306,7 +316,7 @@ def condemned(row: OwedRow, locators: Iterable[Locator], change: int, alive: Cal
         reason=None,
         change=change,
         settled=False,
-        asked_before=True,
+        asked_before=row.asked_before or there,
     )
 
 

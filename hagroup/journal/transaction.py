@@ -285,7 +285,7 @@ class Transaction(ABC):
             before = owed.get(member)
             known = rules.merged((record.locator,), extra, (copies[member].locator,) if member in copies else ())
             row = before or rules.new_row(member, uid, OwedKind.DESTROY, self.change)
-            condemned[member] = rules.condemned(row, known, self.change, self.alive)
+            condemned[member] = rules.condemned(row, known, self.change, self.alive, there=member in copies)
             self.put_owed(before, condemned[member])
         self.announce(condemned)
         return stone, condemned

@@ -111,17 +111,21 @@ def test_an_install_that_a_destroy_overtook_is_undone(world: Simulation) -> None
     assert not list(b.real.owed())
 
 
-def test_a_call_that_executes_late_leaves_nothing(world: Simulation) -> None:
+@pytest.mark.parametrize("which", range(2), ids=["its record", "the object"])
+def test_a_call_that_executes_late_leaves_nothing(world: Simulation, which: int) -> None:
     a = world.client("A")
-    world.faults["hsm2"] = [(0, Fate.LATE, True)]
+    world.faults["hsm2"] = [(which, Fate.LATE, True)]
     uid = make(a)
     assert [len(held(member)) for member in world.members.values()] == [1, 0, 1]
     a.ready().destroy(uid)
     wait(world, a, LATE_WINDOW / 6)
+    before = len(world.members["hsm2"].token.objects)
     world.members["hsm2"].run_late(0)
-    assert len(held(world.members["hsm2"])) == 1
+    assert len(world.members["hsm2"].token.objects) == before + 1
     wait(world, a, LATE_WINDOW * 2)
     assert [held(member) for member in world.members.values()] == [[], [], []]
+    everything = [item.label for member in world.members.values() for item in member.token.objects.values()]
+    assert not [label for label in everything if label.startswith(b"hagroup:object:")]
     assert not list(a.real.owed())
 
 

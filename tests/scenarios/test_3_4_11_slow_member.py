@@ -146,6 +146,24 @@ def test_what_it_has_still_to_do_does_not_hold_up_the_others(faulty: FaultGroup,
     assert len([label for label in faulty.labels()[SLOW] if label.startswith("many")]) == keys
 
 
+def test_what_it_has_not_taken_yet_is_destroyed_in_the_same_connection(faulty: FaultGroup, session: Any) -> None:
+    """Nothing is found there, and nothing can be hidden there: it is not connected anew to look again."""
+    faulty.heal(session)
+    member = engine(session).roster.members[SLOW]
+    life = member.life
+    control = faulty.controls[SLOW]
+    control.service(100.0, 1, scope="C_UnwrapKey,C_CreateObject")
+    try:
+        for number in range(6):
+            faulty.prefer(session, "hsm1")
+            session.generate_key(KeyType.AES, 256, store=True, label=f"brief {number}").destroy()
+    finally:
+        control.service_off()
+    wait_until(lambda: not engine(session).journal.owed(), "the slow member to be done")
+    assert member.life is life
+    assert not [label for found in faulty.labels().values() for label in found if label.startswith("brief")]
+
+
 FIRST_USE = """
 key = session.get_key(object_class=ObjectClass.PRIVATE_KEY, label="start")
 key.sign(b"data", mechanism=Mechanism.SHA256_RSA_PKCS)
