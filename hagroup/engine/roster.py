@@ -345,11 +345,14 @@ class Roster:
 
         A module may be behind what other processes did to the token: SoftHSM reads the token's folder again only when a
         counter in it moved, and takes another's move for its own if it writes itself before it looks.
+
+        :raises JournalUnavailable: its connection was not ended: no other could be made now (see ``log_in``).
         """
+        earlier = member.missed.get(uid)
+        if earlier is not None and earlier != life.started and life.started - earlier < _MISSED_LATELY:
+            return False
+        self.journal.logins()
         with self.changed:
-            earlier = member.missed.get(uid)
-            if earlier is not None and earlier != life.started and life.started - earlier < _MISSED_LATELY:
-                return False
             if len(member.missed) > _MOST_MISSED:
                 member.missed.clear()
             member.missed[uid] = life.started
