@@ -52,6 +52,8 @@ _SHORT_LIFE = 5.0
 started again and again without a pause."""
 _SOON = 0.5
 """A connection attempt that is this near is worth waiting for."""
+_GLANCE = 0.05
+"""Seconds between looks at whether the calls in a worker that is to be killed have ended."""
 _LONGEST_REST = 30.0
 _MISSED_LATELY = 60.0
 _MOST_MISSED = 1000
@@ -445,12 +447,13 @@ class Roster:
             self.submit(self._kill_when_idle, life)
 
     def _kill_when_idle(self, life: Life) -> None:
-        """Kill a worker once no other call is inside its own deadline: a 50 s key generation is not a hang."""
+        """Kill a worker once no other call is inside its own deadline: a 50 s key generation is not a hang. Nor is it
+        waited for when it has ended: a member that comes and goes would leave a worker behind each time."""
         connection = life.connection
         if connection.alive:
-            deadlines = connection.outstanding()
-            if deadlines:
-                time.sleep(max(0.0, max(deadlines) - time.monotonic()))
+            until = max(connection.outstanding(), default=0.0)
+            while time.monotonic() < until and connection.outstanding():
+                time.sleep(_GLANCE)
         connection.kill()
 
     def _publish(self, member: Member, ok: bool, kind: str) -> None:

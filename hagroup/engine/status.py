@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
@@ -12,7 +12,7 @@ import msgspec
 
 from hagroup.config.model import GroupConfig, MemberConfig
 from hagroup.core.calls import Ckr, DeadlinePassed
-from hagroup.core.records import MemberRecord, Membership, OwedKind
+from hagroup.core.records import Event, MemberRecord, Membership, OwedKind
 from hagroup.core.watch import detection_bound
 from hagroup.engine.login import pin_trouble
 from hagroup.engine.roster import CONNECTION_LOST, open_life
@@ -120,8 +120,10 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
             }
             asked = {name: future.result() for name, future in futures.items()}
     elsewhere = _Answer("not in hagroup.toml of this host")
+    events = journal.events(limit=_RECENT)  # once: a watchdog gathers this with every heartbeat
     members = [
-        _member(record, journal, asked.get(record.name, elsewhere), configured.get(record.name)) for record in records
+        _member(record, journal, events, asked.get(record.name, elsewhere), configured.get(record.name))
+        for record in records
     ]
     counts = journal.counts()
     return Status(
@@ -138,7 +140,7 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
         watchdog=journal.lease_held(f"watchdog/{config.group.serial}"),
         events=[
             LastEvent(time=_rfc3339(event.time), kind=event.kind, member=event.member, text=event.text)
-            for event in journal.events(limit=50)
+            for event in events[-50:]
             if event.kind != UNMANAGED_COUNTED and event.text
         ][-_EVENTS:],
         detection=_detection(config),
@@ -146,6 +148,7 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
 
 
 _EVENTS = 5
+_RECENT = 500
 
 
 def _rfc3339(wall: float) -> str:
@@ -216,7 +219,13 @@ def _ask(config: MemberConfig, journal: Journal | None, record: MemberRecord | N
     return _Answer(pin_trouble(life.token.flags), round(took, 2))
 
 
-def _member(record: MemberRecord, journal: Journal, answer: _Answer, config: MemberConfig | None) -> MemberStatus:
+def _member(
+    record: MemberRecord,
+    journal: Journal,
+    events: Sequence[Event],
+    answer: _Answer,
+    config: MemberConfig | None,
+) -> MemberStatus:
     rows = journal.owed(record.name)
     owed = Counter(row.kind for row in rows)
     unreachable = answer.why_not
@@ -238,7 +247,7 @@ def _member(record: MemberRecord, journal: Journal, answer: _Answer, config: Mem
         missing=owed[OwedKind.INSTALL],
         stale=owed[OwedKind.SET],
         pending_deletes=owed[OwedKind.DESTROY],
-        unmanaged=_unmanaged(journal, record.name),
+        unmanaged=_unmanaged(events, record.name),
         since=_rfc3339(record.since),
         reason=reason or (refusals[0] if refusals else None),
         site=None if config is None else config.site,
@@ -247,9 +256,9 @@ def _member(record: MemberRecord, journal: Journal, answer: _Answer, config: Mem
     )
 
 
-def _unmanaged(journal: Journal, name: str) -> int | None:
+def _unmanaged(events: Sequence[Event], name: str) -> int | None:
     """As ``verify`` counted it last, if that is among the newest events."""
-    for event in reversed(journal.events(limit=500)):
+    for event in reversed(events):
         if event.kind == UNMANAGED_COUNTED and event.member == name:
             return int(event.data.get("unmanaged", "0"))
     return None

@@ -132,7 +132,7 @@ class Host:
                 stdout=subprocess.PIPE,
                 text=True,
                 env=os.environ | {"XDG_RUNTIME_DIR": str(self.group.folder)},
-                preexec_fn=_die_with_the_tests,  # noqa: PLW1509
+                preexec_fn=_die_with_the_tests,
             )
         assert self.process.stdin is not None
         print(PIN, file=self.process.stdin, flush=True)
