@@ -12,7 +12,7 @@ import msgspec
 
 from hagroup.config.model import GroupConfig, MemberConfig
 from hagroup.core.calls import Ckr, DeadlinePassed
-from hagroup.core.records import Event, MemberRecord, Membership, OwedKind
+from hagroup.core.records import Event, MemberRecord, Membership, OwedKind, OwedRow
 from hagroup.core.watch import detection_bound
 from hagroup.engine.login import pin_trouble
 from hagroup.engine.roster import CONNECTION_LOST, open_life
@@ -120,9 +120,12 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
             }
             asked = {name: future.result() for name, future in futures.items()}
     elsewhere = _Answer("not in hagroup.toml of this host")
-    events = journal.events(limit=_RECENT)  # once: a watchdog gathers this with every heartbeat
+    # each read once: a watchdog gathers this with every heartbeat
+    events, owed = journal.events(limit=_RECENT), owed_by_member(journal)
     members = [
-        _member(record, journal, events, asked.get(record.name, elsewhere), configured.get(record.name))
+        _member(
+            record, owed.get(record.name, []), events, asked.get(record.name, elsewhere), configured.get(record.name)
+        )
         for record in records
     ]
     counts = journal.counts()
@@ -219,14 +222,21 @@ def _ask(config: MemberConfig, journal: Journal | None, record: MemberRecord | N
     return _Answer(pin_trouble(life.token.flags), round(took, 2))
 
 
+def owed_by_member(journal: Journal) -> dict[str, list[OwedRow]]:
+    """The rows of each member that owes something, by change number."""
+    found: dict[str, list[OwedRow]] = {}
+    for row in journal.owed():
+        found.setdefault(row.member, []).append(row)
+    return found
+
+
 def _member(
     record: MemberRecord,
-    journal: Journal,
+    rows: Sequence[OwedRow],
     events: Sequence[Event],
     answer: _Answer,
     config: MemberConfig | None,
 ) -> MemberStatus:
-    rows = journal.owed(record.name)
     owed = Counter(row.kind for row in rows)
     unreachable = answer.why_not
     if record.membership is not Membership.ADMITTED:
