@@ -25,7 +25,7 @@ from hagroup.core.records import MemberRecord, Membership, Observation, Role
 from hagroup.core.selection import choose, rank
 from hagroup.core.states import Event, State
 from hagroup.engine import head_start, holding, manifest
-from hagroup.engine.domain_keys import DomainKeys
+from hagroup.engine.domain_keys import DomainKeys, KeysMissing
 from hagroup.engine.lanes import Lanes
 from hagroup.engine.login import APPLICATION, PIN_ERRORS, LoginHeld, PinStore, last_logins, log_in
 from hagroup.engine.member import Life, Member, Usable
@@ -645,7 +645,15 @@ class Roster:
         group, record = self.view.group, self.view.members[member.name]
         timeout = self.config.timeouts.generate
         wrap = member.config.wrap_mechanism
-        return holding.learn(self.journal, group, record, wrap, life.connection, timeout=timeout, found=found)
+        try:
+            keys = holding.learn(self.journal, group, record, wrap, life.connection, timeout=timeout, found=found)
+        except KeysMissing as error:
+            before, member.keyless = member.keyless, life
+            if before in (None, life):  # a token that is just going away has nothing: believed of the next life
+                raise MemberGone(f"{error} (it is looked for again)", sent=False) from error
+            raise
+        member.keyless = None
+        return keys
 
     def usable_keys(self, member: Member) -> bool:
         """Whether this process has the keys on this member under which everything new is sealed."""
