@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.groups import FAST, GroupFixture, make_group
+from tests.support.networks import SAID
 
 _numbers = itertools.count(1)
 
@@ -52,3 +53,10 @@ def new_group(fast_folder: Path) -> Callable[..., GroupFixture]:
 def group(new_group: Callable[..., GroupFixture]) -> GroupFixture:
     """Three members, worker processes."""
     return new_group()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which of the ways that a test has of simulating hosts this system allows."""
+    reports = [one for kind in ("passed", "failed") for one in terminalreporter.getreports(kind)]
+    for said in sorted({str(value) for one in reports for name, value in one.user_properties if name == SAID}):
+        terminalreporter.write_line(said)

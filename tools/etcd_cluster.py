@@ -14,6 +14,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import requests
@@ -23,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 _READY = 60.0
+LOOPBACK = "127.0.0.1"
 
 
 def main() -> None:
@@ -63,29 +66,47 @@ Stop it with: tools/etcd-cluster stop {folder}""",
     )
 
 
-def start(folder: Path, count: int) -> list[str]:
-    """Ready for use when it returns. The endpoints of the clients."""
+def start(
+    folder: Path,
+    count: int,
+    addresses: Sequence[str] | None = None,
+    at: Callable[[int], AbstractContextManager[None]] = lambda number: nullcontext(),
+) -> list[str]:
+    """Ready for use when it returns. The endpoints of the clients.
+
+    :param addresses: on which the nodes listen; default: loopback.
+    :param at: where the node with this number (from 0) is started.
+    """
+    addresses = addresses or [LOOPBACK] * count
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    make_certificates(folder)
+    make_certificates(folder, addresses)
     ports = free_ports(2 * count)
-    nodes = [
-        {"name": f"node{n + 1}", "client": ports[2 * n], "peer": ports[2 * n + 1], "dir": str(folder / f"node{n + 1}")}
+    nodes: list[dict[str, object]] = [
+        {
+            "name": f"node{n + 1}",
+            "address": addresses[n],
+            "client": ports[2 * n],
+            "peer": ports[2 * n + 1],
+            "dir": str(folder / f"node{n + 1}"),
+        }
         for n in range(count)
     ]
     (folder / "cluster.json").write_text(json.dumps(nodes, indent=2), encoding="utf-8")
-    for node in nodes:
-        start_node(folder, nodes, node)
+    for number, node in enumerate(nodes):
+        with at(number):
+            start_node(folder, nodes, node)
     wait_until_ready(folder, nodes)
-    return [f"127.0.0.1:{node['client']}" for node in nodes]
+    return [f"{node['address']}:{node['client']}" for node in nodes]
 
 
 def start_node(folder: Path, nodes: list[dict[str, object]], node: dict[str, object]) -> None:
     """Start one node, or start it again."""
     deadline = time.monotonic() + _READY
-    while not all(_is_free(int(str(node[name]))) for name in ("client", "peer")) and time.monotonic() < deadline:
+    address, ports = str(node["address"]), [int(str(node[name])) for name in ("client", "peer")]
+    while not all(_is_free(port, address) for port in ports) and time.monotonic() < deadline:
         time.sleep(0.05)  # one that was just killed has them for a moment longer
-    peers = ",".join(f"{one['name']}=https://127.0.0.1:{one['peer']}" for one in nodes)
-    client, peer = f"https://127.0.0.1:{node['client']}", f"https://127.0.0.1:{node['peer']}"
+    peers = ",".join(f"{one['name']}={_url(one, 'peer')}" for one in nodes)
+    client, peer = _url(node, "client"), _url(node, "peer")
     ca, cert, key = (str(folder / name) for name in ("ca.pem", "node.pem", "node.key"))
     command = ["etcd", "--name", str(node["name"]), "--data-dir", str(node["dir"]), "--initial-cluster", peers]
     command += ["--listen-client-urls", client, "--advertise-client-urls", client]
@@ -100,6 +121,10 @@ def start_node(folder: Path, nodes: list[dict[str, object]], node: dict[str, obj
     (folder / f"{node['name']}.pid").write_text(str(process.pid), encoding="ascii")
 
 
+def _url(node: dict[str, object], port: str) -> str:
+    return f"https://{node['address']}:{node[port]}"
+
+
 def read_nodes(folder: Path) -> list[dict[str, object]]:
     found: list[dict[str, object]] = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))
     return found
@@ -110,9 +135,7 @@ def leader(folder: Path, nodes: list[dict[str, object]]) -> str | None:
     session = client_session(folder)
     for node in nodes:
         try:
-            status = session.post(
-                f"https://127.0.0.1:{node['client']}/v3/maintenance/status", json={}, timeout=1
-            ).json()
+            status = session.post(f"{_url(node, 'client')}/v3/maintenance/status", json={}, timeout=1).json()
         except requests.RequestException:
             continue
         if status.get("leader") == status["header"]["member_id"]:
@@ -134,8 +157,7 @@ def wait_until_ready(folder: Path, nodes: list[dict[str, object]]) -> None:
     waiting = list(nodes)
     while waiting:
         try:
-            url = f"https://127.0.0.1:{waiting[0]['client']}/v3/kv/range"
-            if session.post(url, json={"key": "AA=="}, timeout=1).ok:
+            if session.post(f"{_url(waiting[0], 'client')}/v3/kv/range", json={"key": "AA=="}, timeout=1).ok:
                 waiting.pop(0)
                 continue
         except requests.RequestException:
@@ -184,18 +206,18 @@ def free_ports(count: int) -> list[int]:
     return chosen
 
 
-def _is_free(port: int) -> bool:
+def _is_free(port: int, address: str = LOOPBACK) -> bool:
     with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as etcd does: connections that ended do not count
         try:
-            one.bind(("127.0.0.1", port))
+            one.bind((address, port))
             one.listen()
         except OSError:
             return False
     return True
 
 
-def make_certificates(folder: Path) -> None:
+def make_certificates(folder: Path, addresses: Sequence[str] = (LOOPBACK,)) -> None:
     """A CA of its own; one certificate for the nodes, one for clients (without a CN: etcd's gateway refuses one where
     authentication is on)."""
     ca_key = ec.generate_private_key(ec.SECP256R1())
@@ -203,7 +225,8 @@ def make_certificates(folder: Path) -> None:
     ca = sign(ca_name, ca_key.public_key(), ca_name, ca_key, [(x509.BasicConstraints(ca=True, path_length=0), True)])
     (folder / "ca.pem").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
     usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    numbers = [x509.IPAddress(ipaddress.ip_address(one)) for one in dict.fromkeys([LOOPBACK, *addresses])]
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), *numbers])
     for name, extensions in (("node", [(usage, False), (names, False)]), ("client", [(usage, False)])):
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, f"hagroup test {name}")])

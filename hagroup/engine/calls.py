@@ -16,7 +16,7 @@ from hagroup.core.ckr import CKR
 from hagroup.core.classify import Verdict, classify
 from hagroup.engine.member import Life, Member, Missing, Usable
 from hagroup.engine.roster import CONNECTION_LOST, Roster
-from hagroup.errors import CallTimeout, GroupUnavailable
+from hagroup.errors import CallTimeout, GroupUnavailable, JournalUnavailable
 
 T = TypeVar("T")
 Operation = Callable[[Life, list[Handle]], T]
@@ -85,7 +85,7 @@ class Caller:
                     attempt.lost(member, error)
                 except Missing as error:
                     attempt = attempt or self._begin(objects, need_keys=need_keys, only=only, making=making)
-                    if error.uid is not None and self._roster.look_again(member, life, error.uid):
+                    if error.uid is not None and self._look_again(member, life, error.uid):
                         attempt.come_back(member)
                     else:
                         for item in objects:
@@ -101,6 +101,12 @@ class Caller:
                 )
                 attempt.answered(member, life, again, verdict, mechanism)
             member = None
+
+    def _look_again(self, member: Member, life: Life, uid: bytes) -> bool:
+        try:
+            return self._roster.look_again(member, life, uid)
+        except JournalUnavailable:
+            return False  # others may have destroyed it: no reason to lose the member for all other objects
 
     def _begin(self, objects: Sequence[Usable], *, need_keys: bool, only: Member | None, making: bool) -> _Attempt:
         return _Attempt(self._roster, objects, need_keys=need_keys, only=only, making=making, patience=self._patience)

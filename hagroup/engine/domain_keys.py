@@ -45,6 +45,10 @@ class IntegrityAlarm(HAError, p11.EncryptedDataInvalid):
     """Something sealed does not open: it was tampered with, or the partition key differs. Nothing was made of it."""
 
 
+class KeysMissing(DomainMismatch):
+    """They were not found: they are not there, or the token is just going away."""
+
+
 class DomainKeys(msgspec.Struct, frozen=True, kw_only=True):
     """Where one member has the domain's keys, in one generation of its connection."""
 
@@ -109,7 +113,8 @@ def find_domain(
 ) -> DomainKeys:
     """The domain's keys on a member whose user is logged in. Their values are proved by the challenge, not here.
 
-    :raises DomainMismatch: one of them is missing, or there more than once.
+    :raises KeysMissing: one of them is.
+    :raises DomainMismatch: one of them is there more than once.
     """
     found = {}
     for what, label, key_id in (
@@ -119,7 +124,7 @@ def find_domain(
         handles = _find_key(connection, label, key_id, timeout=timeout)
         if len(handles) != 1:
             state = "does not have" if not handles else f"has {len(handles)} objects that claim to be"
-            raise DomainMismatch(
+            raise (DomainMismatch if handles else KeysMissing)(
                 f"the member {state} the group's {what} (CKA_ID {key_id.hex()}); "
                 "`ha-admin domain join` gives it both keys"
             )

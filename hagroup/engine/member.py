@@ -122,6 +122,8 @@ class Member:
         """Outcome of this process's last C_Login where the journal could not be told."""
         self.learning = False
         """It is just looking for the domain's new keys."""
+        self.keyless: Life | None = None
+        """The last life, if the domain's keys were not found in it (see ``Roster.find_keys``)."""
         self.manifest_lock = threading.Lock()
         self.journal_behind: str | None = None
         """Why no change may be made: this member's manifest shows more than the journal knows (DESIGN.md 4.6)."""
@@ -135,6 +137,7 @@ class Member:
         self.next_attempt = 0.0
         self.rests = 0
         self.unreported_login = None
+        self.keyless = None
         self.manifest_lock = threading.Lock()
         if self.state is not State.QUARANTINED:
             self.state = State.JOINING

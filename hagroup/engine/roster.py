@@ -25,7 +25,7 @@ from hagroup.core.records import MemberRecord, Membership, Observation, Role
 from hagroup.core.selection import choose, rank
 from hagroup.core.states import Event, State
 from hagroup.engine import head_start, holding, manifest
-from hagroup.engine.domain_keys import DomainKeys
+from hagroup.engine.domain_keys import DomainKeys, KeysMissing
 from hagroup.engine.lanes import Lanes
 from hagroup.engine.login import APPLICATION, PIN_ERRORS, LoginHeld, PinStore, last_logins, log_in
 from hagroup.engine.member import Life, Member, Usable
@@ -52,6 +52,8 @@ _SHORT_LIFE = 5.0
 started again and again without a pause."""
 _SOON = 0.5
 """A connection attempt that is this near is worth waiting for."""
+_GLANCE = 0.05
+"""Seconds between looks at whether the calls in a worker that is to be killed have ended."""
 _LONGEST_REST = 30.0
 _MISSED_LATELY = 60.0
 _MOST_MISSED = 1000
@@ -345,11 +347,14 @@ class Roster:
 
         A module may be behind what other processes did to the token: SoftHSM reads the token's folder again only when a
         counter in it moved, and takes another's move for its own if it writes itself before it looks.
+
+        :raises JournalUnavailable: its connection was not ended: no other could be made now (see ``log_in``).
         """
+        earlier = member.missed.get(uid)
+        if earlier is not None and earlier != life.started and life.started - earlier < _MISSED_LATELY:
+            return False
+        self.journal.logins()
         with self.changed:
-            earlier = member.missed.get(uid)
-            if earlier is not None and earlier != life.started and life.started - earlier < _MISSED_LATELY:
-                return False
             if len(member.missed) > _MOST_MISSED:
                 member.missed.clear()
             member.missed[uid] = life.started
@@ -443,12 +448,13 @@ class Roster:
             self.submit(self._kill_when_idle, life)
 
     def _kill_when_idle(self, life: Life) -> None:
-        """Kill a worker once no other call is inside its own deadline: a 50 s key generation is not a hang."""
+        """Kill a worker once no other call is inside its own deadline: a 50 s key generation is not a hang. Nor is it
+        waited for when it has ended: a member that comes and goes would leave a worker behind each time."""
         connection = life.connection
         if connection.alive:
-            deadlines = connection.outstanding()
-            if deadlines:
-                time.sleep(max(0.0, max(deadlines) - time.monotonic()))
+            until = max(connection.outstanding(), default=0.0)
+            while time.monotonic() < until and connection.outstanding():
+                time.sleep(_GLANCE)
         connection.kill()
 
     def _publish(self, member: Member, ok: bool, kind: str) -> None:
@@ -642,7 +648,15 @@ class Roster:
         group, record = self.view.group, self.view.members[member.name]
         timeout = self.config.timeouts.generate
         wrap = member.config.wrap_mechanism
-        return holding.learn(self.journal, group, record, wrap, life.connection, timeout=timeout, found=found)
+        try:
+            keys = holding.learn(self.journal, group, record, wrap, life.connection, timeout=timeout, found=found)
+        except KeysMissing as error:
+            before, member.keyless = member.keyless, life
+            if before in (None, life):  # a token that is just going away has nothing: believed of the next life
+                raise MemberGone(f"{error} (it is looked for again)", sent=False) from error
+            raise
+        member.keyless = None
+        return keys
 
     def usable_keys(self, member: Member) -> bool:
         """Whether this process has the keys on this member under which everything new is sealed."""

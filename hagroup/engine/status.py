@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
@@ -12,11 +12,11 @@ import msgspec
 
 from hagroup.config.model import GroupConfig, MemberConfig
 from hagroup.core.calls import Ckr, DeadlinePassed
-from hagroup.core.records import MemberRecord, Membership, OwedKind
+from hagroup.core.records import Event, MemberRecord, Membership, OwedKind, OwedRow
 from hagroup.core.watch import detection_bound
 from hagroup.engine.login import pin_trouble
 from hagroup.engine.roster import CONNECTION_LOST, open_life
-from hagroup.engine.verify import UNMANAGED_COUNTED, unmanaged_counted
+from hagroup.engine.verify import RECENT, UNMANAGED_COUNTED, unmanaged_counted
 from hagroup.errors import HAError
 from hagroup.journal.api import Journal
 from hagroup.members import ModuleProblem
@@ -120,8 +120,13 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
             }
             asked = {name: future.result() for name, future in futures.items()}
     elsewhere = _Answer("not in hagroup.toml of this host")
+    # each read once: a watchdog gathers this with every heartbeat
+    events, owed = journal.events(limit=RECENT), owed_by_member(journal)
     members = [
-        _member(record, journal, asked.get(record.name, elsewhere), configured.get(record.name)) for record in records
+        _member(
+            record, owed.get(record.name, []), events, asked.get(record.name, elsewhere), configured.get(record.name)
+        )
+        for record in records
     ]
     counts = journal.counts()
     return Status(
@@ -138,7 +143,7 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
         watchdog=journal.lease_held(f"watchdog/{config.group.serial}"),
         events=[
             LastEvent(time=_rfc3339(event.time), kind=event.kind, member=event.member, text=event.text)
-            for event in journal.events(limit=50)
+            for event in events[-50:]
             if event.kind != UNMANAGED_COUNTED and event.text
         ][-_EVENTS:],
         detection=_detection(config),
@@ -216,8 +221,21 @@ def _ask(config: MemberConfig, journal: Journal | None, record: MemberRecord | N
     return _Answer(pin_trouble(life.token.flags), round(took, 2))
 
 
-def _member(record: MemberRecord, journal: Journal, answer: _Answer, config: MemberConfig | None) -> MemberStatus:
-    rows = journal.owed(record.name)
+def owed_by_member(journal: Journal) -> dict[str, list[OwedRow]]:
+    """The rows of each member that owes something, by change number."""
+    found: dict[str, list[OwedRow]] = {}
+    for row in journal.owed():
+        found.setdefault(row.member, []).append(row)
+    return found
+
+
+def _member(
+    record: MemberRecord,
+    rows: Sequence[OwedRow],
+    events: Sequence[Event],
+    answer: _Answer,
+    config: MemberConfig | None,
+) -> MemberStatus:
     owed = Counter(row.kind for row in rows)
     unreachable = answer.why_not
     if record.membership is not Membership.ADMITTED:
@@ -238,7 +256,7 @@ def _member(record: MemberRecord, journal: Journal, answer: _Answer, config: Mem
         missing=owed[OwedKind.INSTALL],
         stale=owed[OwedKind.SET],
         pending_deletes=owed[OwedKind.DESTROY],
-        unmanaged=unmanaged_counted(journal, record.name),
+        unmanaged=unmanaged_counted(events, record.name),
         since=_rfc3339(record.since),
         reason=reason or (refusals[0] if refusals else None),
         site=None if config is None else config.site,

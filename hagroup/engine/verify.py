@@ -6,7 +6,7 @@ where using the key shows it. Where neither can be had, that is said: *unproven*
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 
@@ -17,7 +17,7 @@ from hagroup.config.pins import Pin
 from hagroup.core.attributes import CKA
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.ckr import CKR
-from hagroup.core.records import Locator, MemberRecord, ObjectRecord, ObjectState, OwedKind, Tombstone
+from hagroup.core.records import Event, Locator, MemberRecord, ObjectRecord, ObjectState, OwedKind, Tombstone
 from hagroup.core.templates import install_template
 from hagroup.engine import holding, proof, replica
 from hagroup.engine.group import GroupEngine
@@ -278,16 +278,20 @@ def verify(config: GroupConfig, journal: Journal, pins: Mapping[str, tuple[Pin, 
     return msgspec.structs.replace(found, objects=journal.counts()["live"], proved=proved)
 
 
-def unmanaged_counted(journal: Journal, name: str) -> int | None:
+RECENT = 500
+"""Events among which it is looked for."""
+
+
+def unmanaged_counted(events: Sequence[Event], name: str) -> int | None:
     """As it was counted last, if that is among the newest events."""
-    for event in reversed(journal.events(limit=500)):
+    for event in reversed(events):
         if event.kind == UNMANAGED_COUNTED and event.member == name:
             return int(event.data.get("unmanaged", "0"))
     return None
 
 
 def _remember(journal: Journal, name: str, count: int) -> None:
-    if count != unmanaged_counted(journal, name):
+    if count != unmanaged_counted(journal.events(limit=RECENT), name):
         text = f"{count} objects on its token are not the group's"
         journal.event(UNMANAGED_COUNTED, text, member=name, data={"unmanaged": str(count)})
 

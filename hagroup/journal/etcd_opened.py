@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import random
@@ -331,6 +332,12 @@ class EtcdOpened(Writer):
             assert self._registration is not None
             self._registration.drop_inherited()
 
+    def leave_at_exit(self) -> None:
+        """Whoever destroys something would wait for this process until its registration has run out."""
+        if not (self._closed or self._forked) and self._client.available:
+            self._mirror.stop()
+            self._leave()
+
     def _leave(self) -> None:
         registration, self._registration = self._registration, None
         if registration is not None:
@@ -372,6 +379,14 @@ def _locks(name: str) -> Path:
     if status.st_uid != os.geteuid() or status.st_mode & 0o022 or folder.is_symlink():
         raise PermissionError(f"{folder} is another user's, or others may write it: remove it")
     return folder / name
+
+
+def _at_exit() -> None:
+    for journal in list(_opened):
+        journal.leave_at_exit()
+
+
+atexit.register(_at_exit)
 
 
 def _after_fork_in_child() -> None:

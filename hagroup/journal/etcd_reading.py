@@ -34,7 +34,7 @@ from hagroup.journal.sealed import Sealed, Why
 _decode = msgspec.msgpack.decode
 _BATCH = 100
 _BRIEFLY = 1.0
-"""Seconds after which an object is answered from the mirror: an operation waits for it."""
+"""Seconds after which an object, or the members, are answered from the mirror: operations wait for that."""
 
 
 class EtcdReading(EtcdOpened):
@@ -64,7 +64,7 @@ class EtcdReading(EtcdOpened):
         self._check_usable()
         shown = self._mirror.revision  # before it is read: what comes after is told by ``changes``, twice if need be
         try:
-            found = snapshot(self._client, self._keys, self.owner)
+            found = snapshot(self._client, self._keys, self.owner, patience=_BRIEFLY)
         except Unanswered:
             return group_record(self._mirror.head, shown, self._mirror.seal), self._mirror.members()
         return group_record(found.head, shown, found.seal), list(found.members)

@@ -38,7 +38,7 @@ from hagroup.core.records import (
 from hagroup.errors import JournalUnavailable
 from hagroup.journal import rules
 from hagroup.journal.epoch import new_epoch
-from hagroup.journal.etcd_client import EtcdClient, Json, Pair, after_all, b64, pair, range_of
+from hagroup.journal.etcd_client import PATIENCE, EtcdClient, Json, Pair, after_all, b64, pair, range_of
 from hagroup.journal.etcd_keys import (
     ClosedIntent,
     Document,
@@ -79,7 +79,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     """0: there is none."""
 
 
-def snapshot(client: EtcdClient, keys: Keys, owner: str) -> Snapshot:
+def snapshot(client: EtcdClient, keys: Keys, owner: str, *, patience: float = PATIENCE) -> Snapshot:
     asked = [
         range_of(keys.group),
         range_of(keys.members, after_all(keys.members)),
@@ -87,7 +87,7 @@ def snapshot(client: EtcdClient, keys: Keys, owner: str) -> Snapshot:
         range_of(f"{keys.owners}{owner}", keys_only=True),
         range_of(keys.seal),
     ]
-    revision, found = read_all(client, asked)
+    revision, found = read_all(client, asked, patience=patience)
     if not found[0]:
         raise JournalUnavailable(
             f"the journal {client.url} does not exist: run `ha-admin group create`, or correct [journal] url"
@@ -133,9 +133,9 @@ def group_record(head: Head, change: int, seal: Seal | None) -> GroupRecord:
     )
 
 
-def read_all(client: EtcdClient, asked: Sequence[Json]) -> tuple[int, list[list[Pair]]]:
+def read_all(client: EtcdClient, asked: Sequence[Json], *, patience: float = PATIENCE) -> tuple[int, list[list[Pair]]]:
     """Several ranges in one request, as of one revision."""
-    answer = client.call("/kv/txn", {"success": [{"request_range": one} for one in asked]})
+    answer = client.call("/kv/txn", {"success": [{"request_range": one} for one in asked]}, patience=patience)
     found = [
         [pair(one) for one in response.get("response_range", {}).get("kvs", [])]
         for response in answer.get("responses", [])

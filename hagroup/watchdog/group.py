@@ -357,7 +357,7 @@ class GroupWatch:
             }
             try:
                 status = gather(engine.config, self._journal, answers)
-                intents = self._journal.counts()["intents"]
+                intents = len(self._journal.intents())
             except JournalUnavailable as error:
                 log.warning("journal.unavailable", error=str(error))
         return msgspec.structs.replace(

@@ -17,6 +17,7 @@ from hagroup.core.watch import ALARMS, Noted, Seen, Sight, Told
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.member import Life, Member
 from hagroup.engine.roster import CONNECTION_LOST
+from hagroup.engine.status import owed_by_member
 from hagroup.journal.api import Journal
 from hagroup.watchdog.signing import Signing
 
@@ -134,7 +135,7 @@ def look(
     :raises JournalUnavailable: see :func:`look_offline`.
     """
     engine.follow()
-    owed = {name: journal.owed(name, limit=1000) for name in engine.view.members}
+    owed = owed_by_member(journal)
     refused = {
         login.member: f"{login.source} {login.stamp}" for login in journal.logins() if login.state is LoginState.REFUSED
     }

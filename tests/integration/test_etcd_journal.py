@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from msgspec.structs import replace
 
 from hagroup.config.model import JournalSection
 from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
-from hagroup.journal import EtcdJournal
+from hagroup.journal import EtcdJournal, etcd_opened
 from hagroup.journal.etcd_client import EtcdClient, Unanswered, b64
 from hagroup.journal.etcd_mirror import TTL
 from tests.support.etcd import EtcdBackend, one_node
@@ -116,6 +117,40 @@ def test_a_forked_child_is_another_owner(backend: EtcdBackend) -> None:
     assert journal.object(bytes.fromhex(uid)) is not None
     assert journal.owner_alive(journal.owner)
     make_live(journal, "a")
+
+
+def test_who_ends_is_waited_for_by_nobody(backend: EtcdBackend) -> None:
+    """A program that comes to its end takes its registration with it; not its parent's, if it was forked."""
+    journal = backend.open()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            etcd_opened._at_exit()
+            journal.reopen_after_fork()
+            os.write(write, journal.owner.encode())
+            etcd_opened._at_exit()
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    others = backend.open()
+    assert not others.owner_alive(os.read(read, 1000).decode())
+    assert others.owner_alive(journal.owner)
+
+
+def test_operations_wait_a_moment_for_an_etcd_that_is_silent(backend: EtcdBackend) -> None:
+    """Then they go on with what is known."""
+    journal = backend.open()
+    record = make_live(journal, "a")
+    one_node().signal("node1", signal.SIGSTOP)
+    try:
+        for read in (journal.view, lambda: journal.object(record.uid)):
+            began = time.monotonic()
+            assert read()
+            assert time.monotonic() - began < 3.0
+    finally:
+        one_node().signal("node1", signal.SIGCONT)
 
 
 @pytest.mark.parametrize("carried_out", [True, False])

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from hagroup.core.attributes import CKA, pack_bool
+from hagroup.core.attributes import CKA, CKM, pack_bool, pack_ulong
 from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
 from hagroup.core.records import OwedKind
 from hagroup.core.states import State
+from hagroup.engine import domain_keys
 from hagroup.errors import GroupUnavailable, JournalUnavailable
 from tests.support.clients import AES_ECB, Client, Gate, Running, clients, everywhere
 from tests.support.groups import GroupFixture, make_group, wait_until
@@ -347,3 +348,51 @@ def test_a_changed_session_object_has_its_old_attributes_nowhere(two: tuple[Clie
     for _, life, handle in item.places():
         values, _ = life.connection.get(handle, [int(CKA.SIGN)], timeout=5)
         assert values[CKA.SIGN] == pack_bool(False)
+
+
+# -- members that come and go ----------------------------------------------------------------------------------
+
+
+def test_a_token_that_goes_away_while_its_keys_are_looked_for_comes_back_by_itself(
+    two: tuple[Client, Client], shared: GroupFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has nothing then, and no person could do anything about it."""
+    a, _ = two
+    find, seen = domain_keys._find_key, []
+
+    def goes_away(connection: Any, label: bytes, *more: Any, **keywords: Any) -> list[int]:
+        away = label == domain_keys.PARTITION_LABEL and not seen
+        if away:
+            shared.take_away("hsm2")
+        found = find(connection, label, *more, **keywords)
+        if away:
+            seen.append(found)
+            shared.bring_back("hsm2")
+        return found
+
+    life = a.engine.roster.members["hsm2"].life
+    assert life is not None
+    monkeypatch.setattr(domain_keys, "_find_key", goes_away)
+    life.connection.kill()
+    wait_until(lambda: seen, "its keys are looked for")
+    assert seen == [[]]
+    a.wait_serving()
+    assert "member quarantined" not in {event.kind for event in a.journal.events()}
+
+
+def test_a_worker_is_not_kept_for_calls_that_have_ended(two: tuple[Client, Client]) -> None:
+    """One that is given up may work until the deadlines of its calls, and no longer than they do."""
+    a, _ = two
+    member = a.engine.roster.members["hsm2"]
+    life = member.life
+    assert life is not None
+    connection, bits = life.connection, [(CKA.MODULUS_BITS, pack_ulong(3072))]
+    session = connection.open_session(timeout=5.0)
+    pair = (int(CKM.RSA_PKCS_KEY_PAIR_GEN), None)
+    making = Running(lambda: connection.generate_pair(pair, bits, [], sid=session, timeout=600.0))
+    wait_until(connection.outstanding, "a call is under way")
+    a.engine.roster.lost(member, life, "as if it had failed")
+    assert connection.alive
+    making.end()
+    wait_until(lambda: not connection.alive, "its worker is gone", 60.0)
+    a.wait_serving()

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +20,12 @@ import pytest
 from hagroup.core.attributes import CKA
 from hagroup.errors import JournalUnavailable
 from hagroup.journal.etcd_client import EtcdClient, Unanswered
-from tests.support import plain
+from tests.support import forked_admin, networks, plain
 from tests.support.clients import clients
 from tests.support.etcd import Cluster
 from tests.support.groups import PIN, GroupFixture, address, make_group, run_client, wait_until
 from tests.support.hosts import Host
+from tests.support.networks import Network
 
 ROUNDS = int(os.environ.get("HAGROUP_ETCD_ROUNDS", "1"))
 """Of the mixed load. HAGROUP_ETCD_ROUNDS=20 is a matter of minutes, and uses four hosts."""
@@ -33,8 +33,23 @@ OUTAGE = 3.0
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Cluster]:
-    made = Cluster(3)
+def network() -> Iterator[Network]:
+    """The tests are at a place of their own, too."""
+    made = networks.make()
+    with made.place().inside():
+        yield made
+        forked_admin.close_idle(networks.number_here())
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def said(network: Network, record_property: Callable[[str, object], None]) -> None:
+    record_property(networks.SAID, str(network))
+
+
+@pytest.fixture(scope="module")
+def nodes(network: Network) -> Iterator[Cluster]:
+    made = Cluster(3, network=network)
     yield made
     made.stop()
 
@@ -48,23 +63,12 @@ def group(nodes: Cluster, fast_folder: Path) -> GroupFixture:
 
 
 @pytest.fixture(scope="module")
-def hosts(group: GroupFixture) -> Iterator[list[Host]]:
-    """Each with a configuration of its own."""
+def hosts(group: GroupFixture, network: Network) -> Iterator[list[Host]]:
+    """The second one stops without the journal."""
     opened = []
     for name in ("one", "two", "three", "four")[: 2 if ROUNDS == 1 else 4]:
-        folder = group.folder / name
-        folder.mkdir(mode=0o700)
-        toml = folder / "hagroup.toml"
-        shutil.copy(group.toml, toml)
-        text = toml.read_text()
-        for member in group.members:
-            text = text.replace(f'"{member}/', f'"../{member}/')
-        if name == "two":
-            text = text.replace('offline_serving = "allow"', 'offline_serving = "refuse"')
-            assert '"refuse"' in text
-        toml.write_text(text)
-        toml.chmod(0o600)
-        opened.append(Host(toml))
+        offline_serving = "refuse" if name == "two" else "allow"
+        opened.append(Host(group, name, network.place(), offline_serving=offline_serving))
     for host in opened:
         host.started()
     yield opened
@@ -121,6 +125,8 @@ def test_a_new_host_comes_from_one_members_address_and_the_pin(group: GroupFixtu
     signed = run_client(new, f"print({sign}.sign(b'data', mechanism=Mechanism.SHA256_RSA_PKCS).hex())")
     assert bytes.fromhex(signed) == plain.use(group.members["hsm1"], "sign", 3, "signer", b"data", "SHA256_RSA_PKCS")
     assert hosts[0].do("sign", "signer") == 128
+    hosts[0].do("aes", "brief")
+    assert hosts[0].ask("destroy", "brief")["took"] < 5.0, "nobody waits for the program that ended"
 
 
 def test_the_leader_is_killed_in_the_middle(group: GroupFixture, nodes: Cluster, hosts: list[Host]) -> None:
@@ -184,22 +190,49 @@ def _refused(host: Host) -> dict[str, Any] | None:
     return answer if "error" in answer else None
 
 
-def test_a_frozen_host_does_not_keep_the_others_and_serves_nothing_stale(
-    group: GroupFixture, hosts: list[Host]
-) -> None:
+def test_a_host_that_was_cut_off_serves_nothing_stale(group: GroupFixture, hosts: list[Host]) -> None:
+    """From the journal and from one member, while others delete and rename keys."""
     one, two = hosts[:2]
-    one.do("aes", "stale")
-    wait_until(lambda: two.do("find", "stale") == 1, "the other host finds the key")
-    two.do("encrypt", "stale")
-    two.process.send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    one.do("destroy", "stale")  # returns when the frozen one's registration has run out
-    assert time.monotonic() - began < 20
-    two.process.send_signal(signal.SIGCONT)
-    assert {"ObjectHandleInvalid", "KeyHandleInvalid"} & set(two.ask("encrypt", "stale").get("error", []))
+    with clients(group, 1) as [client]:
+        doomed, renamed = client.aes("doomed"), client.aes("old name")
+        for host in (one, two):
+            for label in ("signer", "doomed", "old name"):
+                wait_until(lambda host=host, label=label: host.do("find", label) > 0, f"the host finds {label}")
+            host.do("encrypt", "doomed")
+        one.do("begin signing", "")
+        with one.cut_off("hsm2") as separate, two.cut_off():
+            began = time.monotonic()
+            client.session.destroy(doomed)  # returns when the registrations of those that are cut off have run out
+            assert time.monotonic() - began < 20
+            if separate:
+                _goes_on_or_stops(one, two)
+            client.rename(renamed, "new name")
+        signed, longest, failed = one.do("end signing", "")
+        if separate:
+            assert signed > 0
+            assert failed == []
+            assert longest < 3.0
+    for host in (one, two):
+        wait_until(lambda host=host: "ok" in host.ask("aes", "woken"), "changes go on by themselves")
+        assert {"ObjectHandleInvalid", "KeyHandleInvalid"} & set(host.ask("encrypt", "doomed").get("error", []))
+        assert [host.do("find", label) for label in ("doomed", "old name", "new name", "never")] == [0, 0, 1, 0]
     told: Callable[[], str] = lambda: group.admin("journal", "list", "--event", "passed over").stdout  # noqa: E731
     assert "did not acknowledge" in told()
-    wait_until(lambda: "ok" in two.ask("aes", "woken"), "it goes on by itself")
+    assert group.admin("journal", "verify").returncode == 0
+
+
+def _goes_on_or_stops(one: Host, two: Host) -> None:
+    """Where both were cut off, and others deleted a key since."""
+    refused = two.ask("encrypt", "doomed")
+    assert "JournalUnavailable" in refused["error"], "it stopped before the key was deleted"
+    gone = one.ask("encrypt", "doomed")
+    assert {"ObjectHandleInvalid", "KeyHandleInvalid"} & set(gone.get("error", [])), "no member has it"
+    assert one.do("encrypt", "old name") == 32, "this one goes on with what it knew"
+    refused = one.ask("aes", "never")
+    assert "JournalUnavailable" in refused["error"], refused
+    assert "majority" in refused["text"]
+    assert refused["took"] < 1.0, "at once, once it is known"
+    assert one.do("sign", "signer") == 128
 
 
 def test_what_was_under_way_when_the_registration_ran_out_is_soon_whole_or_gone(
@@ -269,10 +302,13 @@ def test_no_acknowledged_change_is_lost_while_nodes_go(group: GroupFixture, node
 
 
 def _outage(nodes: Cluster, number: int) -> None:
-    node = nodes.leader() if number < 2 else nodes.nodes[number % 3]
-    if number % 2 == 0:
-        nodes.signal(node, signal.SIGSTOP)
-    else:
-        nodes.kill(node)
-    time.sleep(OUTAGE)  # how long it lasts, not a race
+    """Frozen, cut off (where the system allows it) and killed; twice the leader in each way, then each node in turn."""
+    node = nodes.leader() if number < 6 else nodes.nodes[number % 3]
+    with contextlib.ExitStack() as back:
+        way = number % 3 if number < 6 else number // 3 % 3
+        if (way == 0 and not back.enter_context(nodes.places[node].cut_off())) or way == 1:
+            nodes.signal(node, signal.SIGSTOP)
+        elif way == 2:
+            nodes.kill(node)
+        time.sleep(OUTAGE)  # how long it lasts, not a race
     nodes.heal()

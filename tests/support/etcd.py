@@ -16,24 +16,34 @@ from pathlib import Path
 from hagroup.config.model import Endpoint, EtcdUrl, JournalSection
 from hagroup.core.records import MemberRecord
 from hagroup.journal import EtcdJournal
+from tests.support import networks
 from tests.support.journals import FakeClock
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import etcd_cluster
 
 _numbers = itertools.count(1)
+_PREFIX = "hagroup-etcd-"
 
 
 class Cluster:
     """Some nodes, and what is done to them."""
 
-    def __init__(self, count: int, parent: Path | None = None) -> None:
-        base = Path("/dev/shm")
-        self.folder = Path(tempfile.mkdtemp(prefix="hagroup-etcd-", dir=parent or (base if base.is_dir() else None)))
+    def __init__(self, count: int, parent: Path | None = None, network: networks.Network | None = None) -> None:
+        """
+        :param network: in which each node has a place of its own.
+        """
+        base = parent or (Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir()))
+        _remove_stale(base)
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
         atexit.register(self._stop_at_exit, os.getpid())
-        self.endpoints = etcd_cluster.start(self.folder, count)
-        self.nodes = [f"node{n + 1}" for n in range(count)]
+        network = network or networks.Loopback()
+        places = [network.place() for _ in range(count)]
+        addresses = [place.address for place in places]
+        self.endpoints = etcd_cluster.start(self.folder, count, addresses, lambda number: places[number].inside())
         self._nodes = etcd_cluster.read_nodes(self.folder)
+        self.nodes = [str(node["name"]) for node in self._nodes]
+        self.places = dict(zip(self.nodes, places, strict=True))
 
     def section(self, name: str | None = None, **more: object) -> JournalSection:
         """``[journal]`` for a group of its own."""
@@ -52,7 +62,8 @@ class Cluster:
 
     def restart(self, node: str) -> None:
         one = next(one for one in self._nodes if one["name"] == node)
-        etcd_cluster.start_node(self.folder, self._nodes, one)
+        with self.places[node].inside():
+            etcd_cluster.start_node(self.folder, self._nodes, one)
 
     def leader(self) -> str:
         deadline = time.monotonic() + 60
@@ -83,6 +94,14 @@ class Cluster:
     def _stop_at_exit(self, process: int) -> None:
         if os.getpid() == process:  # not in a forked child
             self.stop()
+
+
+def _remove_stale(base: Path) -> None:
+    """Nodes and files of test runs that were killed."""
+    for folder in base.glob(f"{_PREFIX}[0-9]*-*"):
+        if not Path(f"/proc/{folder.name.split('-')[2]}").exists():
+            etcd_cluster.stop(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @functools.cache

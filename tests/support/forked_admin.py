@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support import networks
+
 ROOT = Path(__file__).resolve().parents[2]
 _CHANGES = {"open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "sqlite3.connect"}
 
@@ -75,18 +77,27 @@ class ForkedAdmin:
         self._process.wait(timeout=60)
 
 
-_idle: list[ForkedAdmin] = []
-atexit.register(lambda: [one.close() for one in _idle])
+_idle: dict[int, list[ForkedAdmin]] = {}
+"""By the network namespace in which they are."""
+
+
+def close_idle(namespace: int) -> None:
+    for one in _idle.pop(namespace, []):
+        one.close()
+
+
+atexit.register(lambda: [close_idle(namespace) for namespace in list(_idle)])
 
 
 def run(*arguments: str, **more: Any) -> Done:
-    """See :meth:`ForkedAdmin.run`; several threads may have commands running at once."""
+    """See :meth:`ForkedAdmin.run`, in this thread's network; several threads may have commands running at once."""
+    idle = _idle.setdefault(networks.number_here(), [])
     try:
-        admin = _idle.pop()
+        admin = idle.pop()
     except IndexError:
         admin = ForkedAdmin()
     done = admin.run(*arguments, **more)
-    _idle.append(admin)
+    idle.append(admin)
     return done
 
 

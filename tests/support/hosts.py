@@ -1,16 +1,27 @@
-"""Programs that stand for hosts: each with a configuration of its own, doing what it is told over a pipe."""
+"""Programs that stand for hosts: each with a configuration, a folder for locks and a place on the network of its own,
+and its own ways to the members; doing what it is told over a pipe."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
+import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support.groups import PIN
+from tests.support.groups import PIN, GroupFixture
+from tests.support.networks import Place
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 
 HOST = """
 import json, random, sys, threading, time
@@ -106,11 +117,23 @@ for line in sys.stdin:
 class Host:
     """A program on another host: it does what it is told, one thing after the other."""
 
-    def __init__(self, toml: Path) -> None:
-        """It is being started."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", HOST, str(toml)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, group: GroupFixture, name: str, place: Place, **journal: str) -> None:
+        """It is being started.
+
+        :param journal: what is otherwise in this host's ``[journal]``.
+        """
+        self.place = place
+        self.group = GroupFixture(_own_configuration(group, group.folder / name, journal))
+        self.group.reload()
+        with place.inside():
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", HOST, str(self.group.toml)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"XDG_RUNTIME_DIR": str(self.group.folder)},
+                preexec_fn=_die_with_the_tests,
+            )
         assert self.process.stdin is not None
         print(PIN, file=self.process.stdin, flush=True)
 
@@ -140,7 +163,46 @@ class Host:
         assert "ok" in answer, answer
         return answer["ok"]
 
+    @contextmanager
+    def cut_off(self, *members: str) -> Iterator[bool]:
+        """From the network, and from these members. Where a place cannot be cut off it is frozen: False."""
+        with self.place.cut_off() as separate, contextlib.ExitStack() as back:
+            if separate:
+                workers = self.group.workers(self.process.pid)
+                for member in members:
+                    self.group.take_away(member)
+                    back.callback(self.group.bring_back, member)
+                    workers[member].kill()
+            else:
+                self.process.send_signal(signal.SIGSTOP)
+                back.callback(self.process.send_signal, signal.SIGCONT)
+            yield separate
+
     def close(self) -> None:
         self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.wait()
+
+
+def _own_configuration(group: GroupFixture, folder: Path, journal: dict[str, str]) -> Path:
+    """Of a host that reaches the same tokens by ways of its own."""
+    folder.mkdir(mode=0o700)
+    toml = folder / "hagroup.toml"
+    shutil.copy(group.toml, toml)
+    text = toml.read_text()
+    for key, value in journal.items():
+        kept = [line for line in text.splitlines() if not line.startswith(f"{key} ")]
+        at = kept.index("[journal]") + 1
+        text = "\n".join([*kept[:at], f'{key} = "{value}"', *kept[at:], ""])
+    toml.write_text(text)
+    for member in group.members:
+        shutil.copytree(group.folder / member, folder / member, ignore=shutil.ignore_patterns("tokens"))
+        (folder / member / "tokens").symlink_to(group.token_folder(member))
+        conf = folder / member / "softhsm2.conf"
+        conf.write_text(conf.read_text().replace(str(group.folder), str(folder)))
+    return toml
+
+
+def _die_with_the_tests() -> None:
+    """Also where they are killed and this one is stopped."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

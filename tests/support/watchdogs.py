@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from hagroup.config.load import load
+from hagroup.core.states import State
 from hagroup.journal import open_journal
 from hagroup.watchdog.group import GroupWatch
 from tests.support.groups import GroupFixture, wait_until
@@ -172,14 +173,24 @@ class Cost:
 def heartbeats_with_a_flapping_member(
     group: GroupFixture, heartbeats: int, *, every: int, told: Callable[[int, Cost], None] = lambda number, cost: None
 ) -> list[Cost]:
-    """Heartbeats one after the other, without the pauses between, in this process; hsm2 goes and comes each hundred."""
+    """Heartbeats one after the other, without the pauses between, in this process; hsm2 goes and comes each hundred.
+
+    :param every: after so many (a multiple of 200), and when all members are back, it is measured.
+    """
     watch, process = GroupWatch(group.toml), psutil.Process()
     costs = []
+
+    def all_back() -> bool:
+        watch.step()
+        states = set(watch.report.states.values())
+        return states == {State.IN_SERVICE.value} and len(process.children()) == len(group.members)
+
     for number in range(1, heartbeats + 1):
         watch.step()
         if number % 100 == 0:
             (group.bring_back if number % 200 == 0 else group.take_away)("hsm2")
         if number % every == 0:
+            wait_until(all_back, "no more than a worker for each member", 30.0)
             gc.collect()
             costs.append(Cost(process.memory_info().rss / 1e6, process.num_fds(), process.num_threads()))
             told(number, costs[-1])
