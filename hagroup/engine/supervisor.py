@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from hagroup.config import logging
 from hagroup.core.clock import Clock
@@ -28,6 +29,8 @@ log = logging.get_logger(__name__)
 
 TICK = 1.0
 """Seconds between looks when nothing happens."""
+_GLANCE = 0.05
+"""Seconds until it is looked again whether a member has done what it owes; then twice as long each time."""
 WITNESSES = 2
 """So many other processes must have seen a member fail before this one looks for itself."""
 
@@ -226,16 +229,31 @@ class Supervisor:
 
         :param begun: boot time.
         """
-        _, owed = self._journal.placement(uid)
-        members = [member for name, member in self._roster.members.items() if name in owed]
+        members = self._roster.members.values()
         coming = [member for member in members if member.looked_at_again or self._came_since(member, begun)]
-        if coming:
-
-            def there() -> bool:
-                return all(member.serving or not self._roster.may_come(member) for member in coming)
-
-            self._roster.wait_for_change(self._roster.config.timeouts.call, there)
+        end, pause = self._clock.boot() + self._roster.config.timeouts.call, _GLANCE
+        while coming := self._still_owing(uid, coming):
+            left = end - self._clock.boot()
+            if left <= 0:
+                return
+            self._roster.wait_for_change(left, partial(self._settled, coming))
             self._clean(coming)
+            if self._still_owing(uid, coming):  # another process is at that member, or it has not come yet
+                self._roster.wait_for_change(min(pause, left), lambda: False)
+                pause *= 2
+
+    def _settled(self, members: Iterable[Member]) -> bool:
+        return all(member.serving or not self._roster.may_come(member) for member in members)
+
+    def _still_owing(self, uid: bytes, members: Iterable[Member]) -> list[Member]:
+        """Those that could do now what they owe."""
+        _, owed = self._journal.placement(uid)
+        rows = [(member, owed[member.name]) for member in members if member.name in owed]
+        return [
+            member
+            for member, row in rows
+            if row.reason is None and row.doubt_since is None and (member.serving or self._roster.may_come(member))
+        ]
 
     @staticmethod
     def _came_since(member: Member, begun: float) -> bool:

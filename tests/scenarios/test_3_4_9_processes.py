@@ -13,6 +13,7 @@ import pytest
 import hagroup as pkcs11
 from hagroup import Attribute, KeyType
 from tests.support import plain
+from tests.support.faulty import set_timeouts
 from tests.support.groups import PIN, GroupFixture, make_group, run_client
 
 IV = bytes(16)
@@ -43,7 +44,10 @@ with ThreadPoolExecutor(4) as pool:
 
 @pytest.fixture(scope="module")
 def shared_group(fast_folder: Path) -> GroupFixture:
-    return make_group(fast_folder / "processes", "--min-replicas", "3")
+    group = make_group(fast_folder / "processes", "--min-replicas", "3")
+    # a change waits that long for a member that is just being connected anew
+    set_timeouts(group.toml, call=30.0, generate=60.0, probe=4.0)
+    return group
 
 
 def client(group: GroupFixture, name: str) -> Iterator[Any]:
