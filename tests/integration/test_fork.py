@@ -18,6 +18,7 @@ import hagroup as pkcs11
 from hagroup import Attribute, KeyType, Mechanism
 from hagroup.engine import group as group_engine
 from tests.support import plain
+from tests.support.faulty import engine
 from tests.support.groups import PIN, GroupFixture, make_group, wait_until
 
 PKCS1 = Mechanism.SHA256_RSA_PKCS
@@ -182,12 +183,19 @@ def test_multiprocessing(session: Any) -> None:
 
 
 def test_a_child_that_ends_takes_no_worker_of_the_parent_along(forked_group: GroupFixture, session: Any) -> None:
-    before = {name: worker.pid for name, worker in forked_group.workers().items()}
     _, private = pair(session, "own")
+    group = engine(session)
+    wait_until(lambda: not group.journal.owed(), "all members to have it")
+    lives = {name: member.life for name, member in group.roster.members.items()}
+    before = {name: worker.pid for name, worker in forked_group.workers().items()}
     in_child(lambda: sign_once(private, private.sign(b"data", mechanism=PKCS1)))
     in_child(lambda: session.close())
-    assert {name: worker.pid for name, worker in forked_group.workers().items()} == before
+    after = {name: worker.pid for name, worker in forked_group.workers().items()}
     private.sign(b"data", mechanism=PKCS1)
+    # (a member may be connected anew to be looked at again: that is no worker's end)
+    kept = [name for name, member in group.roster.members.items() if member.life is lives[name]]
+    assert kept
+    assert [after.get(name) for name in kept] == [before.get(name) for name in kept]
 
 
 def test_a_group_whose_journal_is_away_at_the_fork(fast_folder: Path, session: Any) -> None:
