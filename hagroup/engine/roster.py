@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -732,7 +733,8 @@ class Roster:
         return future
 
     def close(self) -> None:
-        """End the connections: in an orderly way where what runs comes to its end in time, else by force."""
+        """End the connections: in an orderly way where what runs comes to its end in time; else workers are left to
+        finish the call that they are at, and to leave by themselves."""
         self._closed = True
         self.tasks.shutdown(wait=False)
         _, unfinished = wait(set(self._running), timeout=CLOSE_GRACE)
@@ -740,8 +742,10 @@ class Roster:
             life, member.life = member.life, None
             if life is None:
                 continue
-            if unfinished:
-                life.connection.kill()
-            else:
+            if not unfinished:
                 life.connection.close()
+            elif max(life.connection.outstanding(), default=math.inf) < time.monotonic():
+                life.connection.kill()  # it hangs
+            else:
+                life.connection.let_go()
         wait(unfinished, timeout=CLOSE_GRACE)

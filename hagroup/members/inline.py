@@ -158,6 +158,9 @@ class InlineConnection(MessageConnection):
                     _parked.setdefault(self._identity, []).append(self._cryptoki)
             self._release_lock()
 
+    def let_go(self) -> None:
+        self.kill()
+
     def kill(self) -> None:
         """The module is left as it is: nothing can stop a call that is inside."""
         self._ended = True

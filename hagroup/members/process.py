@@ -249,6 +249,14 @@ class ProcessConnection(MessageConnection):
         if self._ended:
             return
         self._ended = True
+        self._finish()
+
+    def let_go(self) -> None:
+        if not self._ended:
+            self._ended = True
+            threading.Thread(target=self._finish, name=f"hagroup let go {self._name}", daemon=True).start()
+
+    def _finish(self) -> None:
         deadlines = self.outstanding()
         until = max([time.monotonic(), *deadlines]) + _CLOSE
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
@@ -746,6 +748,24 @@ def test_stopped_worker_costs_the_deadline_and_no_reply_goes_astray(worker: Proc
     other.join(T)
     assert results == [wanted[3]]
     assert worker.outstanding() == []
+
+
+def test_let_go_it_finishes_its_call_and_leaves(worker: ProcessConnection) -> None:
+    gone = os.pidfd_open(worker.pid)
+    used = psutil.Process(worker.pid).cpu_times().user
+    public: list[tuple[int, bytes | list[object]]] = [(CKA_MODULUS_BITS, ulong(4096)), (CKA_TOKEN, TRUE)]
+    private: list[tuple[int, bytes | list[object]]] = [(CKA_TOKEN, TRUE)]
+    made: list[tuple[Handle, Handle]] = []
+    other = threading.Thread(target=lambda: made.append(worker.generate_pair((0, None), public, private, timeout=T)))
+    other.start()
+    until(lambda: psutil.Process(worker.pid).cpu_times().user > used + 0.05)  # it is in the module
+    worker.let_go()
+    with pytest.raises(MemberGone):
+        worker.random(3, timeout=T)
+    other.join(T)
+    assert len(made) == 1
+    assert select.select([gone], [], [], T)[0]
+    os.close(gone)
 
 
 def test_an_interrupted_exchange_closes_its_channel(worker: ProcessConnection) -> None:

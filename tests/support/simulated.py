@@ -750,6 +750,9 @@ class SimConnection:
     def close(self) -> None:
         self.kill()
 
+    def let_go(self) -> None:
+        self.kill()
+
     def outstanding(self) -> list[float]:
         return []
 
