@@ -24,7 +24,7 @@ from tests.support import forked_admin, networks, plain
 from tests.support.clients import clients
 from tests.support.etcd import Cluster
 from tests.support.groups import PIN, GroupFixture, address, make_group, run_client, wait_until
-from tests.support.hosts import Host
+from tests.support.hosts import Host, own_configuration
 from tests.support.networks import Network
 
 ROUNDS = int(os.environ.get("HAGROUP_ETCD_ROUNDS", "1"))
@@ -68,7 +68,8 @@ def hosts(group: GroupFixture, network: Network) -> Iterator[list[Host]]:
     opened = []
     for name in ("one", "two", "three", "four")[: 2 if ROUNDS == 1 else 4]:
         offline_serving = "refuse" if name == "two" else "allow"
-        opened.append(Host(group, name, network.place(), offline_serving=offline_serving))
+        own = own_configuration(group, name, offline_serving=offline_serving)
+        opened.append(Host(own, network.place()))
     for host in opened:
         host.started()
     yield opened
