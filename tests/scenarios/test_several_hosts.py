@@ -215,7 +215,7 @@ def test_a_host_that_was_cut_off_serves_nothing_stale(group: GroupFixture, hosts
         if separate:
             assert signed > 0
             assert failed == []
-            assert longest < 3.0
+            assert longest < 5.0, "the timeout of a call"
     for host in (one, two):
         wait_until(lambda host=host: "ok" in host.ask("aes", "woken"), "changes go on by themselves")
         assert {"ObjectHandleInvalid", "KeyHandleInvalid"} & set(host.ask("encrypt", "doomed").get("error", []))
