@@ -16,7 +16,7 @@ from hagroup.config.model import JournalSection, SqliteUrl
 from hagroup.core.clock import Clock
 from hagroup.errors import ConfigurationError, JournalMismatch, JournalUnavailable
 from hagroup.journal import SqliteJournal, create_journal, delete_journal, open_for_moving
-from hagroup.journal.moving import difference, everything
+from hagroup.journal.moving import difference, digest, digest_of, everything
 from hagroup.journal.sealed import Sealed, Why
 
 log = get_logger(__name__)
@@ -129,6 +129,7 @@ def _copy(
     old: SqliteJournal | journals.EtcdJournal, target: JournalSection, epoch: str, command: str, clock: Clock
 ) -> None:
     group, members, contents = everything(old, epoch)
+    expected = digest_of(group, members, contents)
     if not (isinstance(target.url, SqliteUrl) and target.url.path.exists()):  # a file is there whole or not at all
         create_journal(
             target,
@@ -142,11 +143,10 @@ def _copy(
             command=command,
             clock=clock,
         )
+    del contents  # one of both journals in memory is enough
     new = open_for_moving(target, clock=clock)
     try:
-        there, names, found = everything(new, epoch)
-        same = (there.serial, there.epoch, names) == (group.serial, epoch, members)
-        why = difference(contents, found) if same else "group, epoch or members"
+        why = difference(expected, digest(new))
     finally:
         new.close()
     if why is not None:

@@ -8,6 +8,7 @@ goes on from the last revision seen; where that is not kept any more, everything
 from __future__ import annotations
 
 import base64
+import math
 import threading
 import time
 from collections import deque
@@ -72,7 +73,7 @@ class Mirror:
         self._log_from = 0
         self._members_moved = 0
         self._answered = time.monotonic()
-        self._kept_alive = registered
+        self._kept_alive = self._renewed = registered
         self._load()
         self._thread = threading.Thread(target=self._run, name="journal watch", daemon=True)
         self._thread.start()
@@ -162,6 +163,9 @@ class Mirror:
             answer = self._client.call("/kv/range", asked, always=True)
             revision = revision or int(answer["header"]["revision"])
             found += (pair(one) for one in answer.get("kvs", []))
+            if not self._renew():  # nobody waited for what was seen so far
+                revision, start, found = 0, self._keys.view, []
+                continue
             if not answer.get("more"):
                 break
             start = found[-1].key + "\0"
@@ -176,6 +180,7 @@ class Mirror:
                 self._take(one)
             self._log.clear()
             self.revision = self._log_from = self._members_moved = revision
+            self._kept_alive = self._renewed
             self._number += 1
             self._news.notify_all()
 
@@ -211,13 +216,22 @@ class Mirror:
                 self._silent()
 
     def _stay_registered(self) -> None:
-        asked = time.monotonic()
-        if asked - self._kept_alive <= _KEEP_ALIVE:
-            return
-        if not self._keep_alive() or self.lapsed:
+        if not self._renew() or self.lapsed:
             self._load()
             self._tell(self.revision)
-        self._kept_alive = asked
+        self._kept_alive = self._renewed
+
+    def _renew(self) -> bool:
+        """Every few seconds, also while all is being read, which may take longer than a registration lasts. False: it
+        had run out, and is a new one: until everything was read anew nothing is known."""
+        asked = time.monotonic()
+        if asked - self._renewed <= _KEEP_ALIVE:
+            return True
+        kept = self._keep_alive()
+        self._renewed = asked
+        if not kept:
+            self._kept_alive = -math.inf
+        return kept
 
     def _tell(self, revision: int) -> None:
         """Again at the next opportunity where it cannot be told now: others wait for it."""

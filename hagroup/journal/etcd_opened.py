@@ -334,7 +334,7 @@ class EtcdOpened(Writer):
 
     def leave_at_exit(self) -> None:
         """Whoever destroys something would wait for this process until its registration has run out."""
-        if not (self._closed or self._forked) and self._client.available:
+        if not (self._closed or self._forked) and self._client.available and hasattr(self, "_mirror"):
             self._mirror.stop()
             self._leave()
 

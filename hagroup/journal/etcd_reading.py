@@ -25,7 +25,7 @@ from hagroup.core.records import (
     Tombstone,
 )
 from hagroup.journal import rows
-from hagroup.journal.etcd_client import Pair, Unanswered, after_all, b64, pair, range_of
+from hagroup.journal.etcd_client import PATIENCE, Pair, Unanswered, after_all, b64, pair, range_of
 from hagroup.journal.etcd_keys import Document, KeptEvent, KeptLease, KeptLogin
 from hagroup.journal.etcd_opened import EtcdOpened
 from hagroup.journal.etcd_transaction import group_record, only_listed, read_all, snapshot
@@ -33,8 +33,9 @@ from hagroup.journal.sealed import Sealed, Why
 
 _decode = msgspec.msgpack.decode
 _BATCH = 100
-_BRIEFLY = 1.0
-"""Seconds after which an object, or the members, are answered from the mirror: operations wait for that."""
+_BRIEFLY = 0.9
+"""Seconds after which an object, or the view, is answered from the mirror: operations wait for that. Less than one
+endpoint may take, so that only one is asked where all is swallowed."""
 
 
 class EtcdReading(EtcdOpened):
@@ -61,19 +62,22 @@ class EtcdReading(EtcdOpened):
     # -- group ---------------------------------------------------------------------------------------------------
 
     def view(self) -> tuple[GroupRecord, list[MemberRecord]]:
+        return self._shown(_BRIEFLY)
+
+    def _shown(self, patience: float) -> tuple[GroupRecord, list[MemberRecord]]:
         self._check_usable()
         shown = self._mirror.revision  # before it is read: what comes after is told by ``changes``, twice if need be
         try:
-            found = snapshot(self._client, self._keys, self.owner, patience=_BRIEFLY)
+            found = snapshot(self._client, self._keys, self.owner, patience=patience)
         except Unanswered:
             return group_record(self._mirror.head, shown, self._mirror.seal), self._mirror.members()
         return group_record(found.head, shown, found.seal), list(found.members)
 
     def group(self) -> GroupRecord:
-        return self.view()[0]
+        return self._shown(PATIENCE)[0]
 
     def members(self) -> list[MemberRecord]:
-        return self.view()[1]
+        return self._shown(PATIENCE)[1]
 
     def counts(self) -> dict[str, int]:
         self._catch_up()

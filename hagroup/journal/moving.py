@@ -6,8 +6,10 @@ still be executed by members go with the rest, and are finished or undone by who
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 
+from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from hagroup.core.records import Attempt, GroupRecord, MemberRecord, OwedKind, OwedRow
@@ -69,18 +71,25 @@ def everything(journal: Journal, epoch: str) -> tuple[GroupRecord, list[MemberRe
         epoch_before=group.epoch,
         epoch=epoch,
         change=_BEGINNING,
-        records=[replace(one, change=_BEGINNING) for one in journal.objects()],
-        copies=[copy for member in members for copy in journal.copies(member.name)],
-        tombstones=[replace(one, change=_BEGINNING) for one in journal.tombstones()],
-        owed=[_moved(row) for row in journal.owed()],
-        intents=[replace(one, change=_BEGINNING) for one in journal.intents()],
-        logins=journal.logins(),
-        events=journal.events(limit=_EVERYTHING),
         seal=group.seal,
         rotation=group.rotation,
         cleared=group.cleared,
+        **{name: list(items) for name, items in _parts(journal, members).items()},  # type: ignore[arg-type]
     )
     return group, kept, contents
+
+
+def _parts(journal: Journal, members: Iterable[MemberRecord]) -> dict[str, Iterable[object]]:
+    """The lists of :class:`Contents`; what there is most of is read when it is asked for."""
+    return {
+        "records": (replace(one, change=_BEGINNING) for one in journal.objects()),
+        "copies": (copy for member in members for copy in journal.copies(member.name)),
+        "tombstones": (replace(one, change=_BEGINNING) for one in journal.tombstones()),
+        "owed": map(_moved, journal.owed()),
+        "intents": (replace(one, change=_BEGINNING) for one in journal.intents()),
+        "logins": journal.logins(),
+        "events": journal.events(limit=_EVERYTHING),
+    }
 
 
 def _moved(row: OwedRow) -> OwedRow:
@@ -89,17 +98,49 @@ def _moved(row: OwedRow) -> OwedRow:
     return replace(row, change=_BEGINNING, attempts=attempts)
 
 
-def difference(one: Contents, other: Contents) -> str | None:
+class Digest(Struct, frozen=True, kw_only=True):
+    """By which two journals are compared without holding both in memory."""
+
+    sums: dict[str, tuple[int, int]]
+    """Of each list: how many, and a sum over their digests that does not depend on their order."""
+    head: tuple[object, ...]
+    group: tuple[object, ...]
+
+
+def digest_of(group: GroupRecord, members: Sequence[MemberRecord], contents: Contents) -> Digest:
+    """Of what was read by :func:`everything`."""
+    lists = {name: value for name, value in asdict(contents).items() if isinstance(value, list)}
+    head = (contents.seal, contents.rotation, contents.cleared)
+    return Digest(sums=_sums(lists), head=head, group=(group.serial, contents.epoch, *members))
+
+
+def digest(journal: Journal) -> Digest:
+    """The same, of a journal that is read piece by piece."""
+    group, members = journal.view()
+    kept = (replace(one, low=0, announced=0, confirmed=0) for one in members)
+    head = (group.seal, group.rotation, group.cleared)
+    return Digest(sums=_sums(_parts(journal, members)), head=head, group=(group.serial, group.epoch, *kept))
+
+
+def difference(one: Digest, other: Digest) -> str | None:
     """What two journals do not agree in; None: they hold the same."""
-    there = {name: value for name, value in asdict(other).items() if isinstance(value, list)}
-    for name, value in there.items():
-        if _ordered(getattr(one, name)) != _ordered(value):
-            return f"{name}: {len(getattr(one, name))} and {len(value)}"
-    return None if (one.seal, one.rotation, one.cleared) == (other.seal, other.rotation, other.cleared) else "the head"
+    if one.group != other.group:
+        return "group, epoch or members"
+    for name, (count, total) in other.sums.items():
+        if one.sums[name] != (count, total):
+            return f"{name}: {one.sums[name][0]} and {count}"
+    return None if one.head == other.head else "the head"
 
 
-def _ordered(items: Iterable[object]) -> list[str]:
-    return sorted(map(_shown, items))
+def _sums(lists: Mapping[str, Iterable[object]]) -> dict[str, tuple[int, int]]:
+    found = {}
+    for name, items in lists.items():
+        count = total = 0
+        for item in items:
+            count += 1
+            total += int.from_bytes(hashlib.sha256(_shown(item).encode()).digest(), "big")
+        found[name] = (count, total)
+    return found
 
 
 def _shown(item: object) -> str:

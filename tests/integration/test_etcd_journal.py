@@ -139,6 +139,31 @@ def test_who_ends_is_waited_for_by_nobody(backend: EtcdBackend) -> None:
     assert others.owner_alive(journal.owner)
 
 
+def test_reading_all_may_take_longer_than_a_registration_lasts(
+    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large journal, or a slow machine: it would register and read anew for ever."""
+    made = backend.open()
+    for _ in range(20):
+        make_live(made, "a")
+    made.close()
+    call, page = EtcdClient.call, 1
+
+    def slowly(self: EtcdClient, path: str, body: dict[str, object], **more: object) -> object:
+        if body.get("limit") == page:
+            time.sleep(0.2)
+        return call(self, path, body, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(EtcdClient, "call", slowly)
+    monkeypatch.setattr("hagroup.journal.etcd_mirror._PAGE", page)
+    monkeypatch.setattr("hagroup.journal.etcd_mirror._KEEP_ALIVE", 0.5)
+    for module in ("etcd_mirror", "etcd_opened"):
+        monkeypatch.setattr(f"hagroup.journal.{module}.TTL", 2)
+    journal = backend.open()
+    assert journal.counts()["live"] == 20
+    assert journal.former_owners == frozenset()
+
+
 def test_operations_wait_a_moment_for_an_etcd_that_is_silent(backend: EtcdBackend) -> None:
     """Then they go on with what is known."""
     journal = backend.open()

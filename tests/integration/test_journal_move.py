@@ -74,7 +74,7 @@ def _in_order(group: GroupFixture, labels: list[str]) -> None:
 
 def test_to_etcd_under_a_running_program(group: GroupFixture, node: Cluster) -> None:
     old, new = load(group.toml).journal, node.section("moved")
-    host = Host(group.toml)
+    host = Host(group)
     try:
         host.started()
         host.do("find", "signer")

@@ -24,7 +24,7 @@ from tests.support import forked_admin, networks, plain
 from tests.support.clients import clients
 from tests.support.etcd import Cluster
 from tests.support.groups import PIN, GroupFixture, address, make_group, run_client, wait_until
-from tests.support.hosts import Host
+from tests.support.hosts import Host, own_configuration
 from tests.support.networks import Network
 
 ROUNDS = int(os.environ.get("HAGROUP_ETCD_ROUNDS", "1"))
@@ -68,7 +68,8 @@ def hosts(group: GroupFixture, network: Network) -> Iterator[list[Host]]:
     opened = []
     for name in ("one", "two", "three", "four")[: 2 if ROUNDS == 1 else 4]:
         offline_serving = "refuse" if name == "two" else "allow"
-        opened.append(Host(group, name, network.place(), offline_serving=offline_serving))
+        own = own_configuration(group, name, offline_serving=offline_serving)
+        opened.append(Host(own, network.place()))
     for host in opened:
         host.started()
     yield opened
@@ -169,12 +170,15 @@ def test_without_a_quorum_changes_are_refused_and_the_rest_goes_on(
             assert host.do("sign", "signer") == 128
             assert host.do("find", "signer") == 2
         command = [sys.executable, "-m", "hagroup.admin.cli", "--config", str(group.toml), "status", "--json"]
-        status = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+        pipe = subprocess.PIPE
+        status = subprocess.Popen(command, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True)
         wait_until(
             lambda: "JournalUnavailable" in two.ask("sign", "signer").get("error", []), "the one with refuse stops"
         )
         assert one.do("sign", "signer") == 128
-        assert json.loads(status.communicate(timeout=60)[0])["journal"]["ok"] is False
+        shown, said = status.communicate(timeout=60)
+        assert json.loads(shown)["journal"]["ok"] is False
+        assert "Traceback" not in said
     finally:
         for node in nodes.nodes[:2]:
             nodes.signal(node, signal.SIGCONT)
@@ -211,7 +215,7 @@ def test_a_host_that_was_cut_off_serves_nothing_stale(group: GroupFixture, hosts
         if separate:
             assert signed > 0
             assert failed == []
-            assert longest < 3.0
+            assert longest < 5.0, "the timeout of a call"
     for host in (one, two):
         wait_until(lambda host=host: "ok" in host.ask("aes", "woken"), "changes go on by themselves")
         assert {"ObjectHandleInvalid", "KeyHandleInvalid"} & set(host.ask("encrypt", "doomed").get("error", []))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from tests.support.groups import GroupFixture
 from tests.support.watchdogs import configure, heartbeats_with_a_flapping_member
 
 
+@pytest.mark.timeout(900)  # half a minute of processor time, which a busy machine gives in several
 def test_memory_and_descriptors_are_flat_with_a_flapping_member(new_group: Callable[..., GroupFixture]) -> None:
     """One member's worker comes and goes all the time. ``tools/bench/watchdog`` shows the figures one by one."""
     group = new_group()

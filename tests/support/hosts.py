@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from tests.support.groups import PIN, GroupFixture
@@ -117,15 +116,13 @@ for line in sys.stdin:
 class Host:
     """A program on another host: it does what it is told, one thing after the other."""
 
-    def __init__(self, group: GroupFixture, name: str, place: Place, **journal: str) -> None:
+    def __init__(self, group: GroupFixture, place: Place | None = None) -> None:
         """It is being started.
 
-        :param journal: what is otherwise in this host's ``[journal]``.
+        :param group: as this host sees it; see :func:`own_configuration`.
         """
-        self.place = place
-        self.group = GroupFixture(_own_configuration(group, group.folder / name, journal))
-        self.group.reload()
-        with place.inside():
+        self.group, self.place = group, place or Place()
+        with self.place.inside():
             self.process = subprocess.Popen(
                 [sys.executable, "-c", HOST, str(self.group.toml)],
                 stdin=subprocess.PIPE,
@@ -184,8 +181,12 @@ class Host:
         self.process.wait()
 
 
-def _own_configuration(group: GroupFixture, folder: Path, journal: dict[str, str]) -> Path:
-    """Of a host that reaches the same tokens by ways of its own."""
+def own_configuration(group: GroupFixture, name: str, **journal: str) -> GroupFixture:
+    """Of a host that reaches the same tokens by ways of its own.
+
+    :param journal: what is otherwise in its ``[journal]``.
+    """
+    folder = group.folder / name
     folder.mkdir(mode=0o700)
     toml = folder / "hagroup.toml"
     shutil.copy(group.toml, toml)
@@ -200,7 +201,9 @@ def _own_configuration(group: GroupFixture, folder: Path, journal: dict[str, str
         (folder / member / "tokens").symlink_to(group.token_folder(member))
         conf = folder / member / "softhsm2.conf"
         conf.write_text(conf.read_text().replace(str(group.folder), str(folder)))
-    return toml
+    made = GroupFixture(toml)
+    made.reload()
+    return made
 
 
 def _die_with_the_tests() -> None:
