@@ -9,17 +9,41 @@ exchange that was given up takes it along: a worker that still reads there, or w
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
-import mmap
 import os
+from collections.abc import Callable
 
 LONGEST = 2 << 20
 """Bytes that a request may have, and an answer about as many. Only what is used takes memory."""
 
-_HALF = LONGEST + mmap.PAGESIZE  # an answer may be a little longer than its request
+_HALF = LONGEST + 4096  # an answer may be a little longer than its request
 _SIZE = 2 * _HALF
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _ZEROS = bytes(64 * 1024)
+
+_PROT_READ_WRITE, _MAP_SHARED = 3, 1
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+class _Memory:
+    """Mapped as long as anything refers to it. (Python's own ``mmap`` would keep a descriptor.)"""
+
+    __slots__ = ("address", "bytes")
+
+    def __init__(self, descriptor: int) -> None:
+        address = _libc.mmap(None, _SIZE, _PROT_READ_WRITE, _MAP_SHARED, descriptor, 0)
+        self.address: int = 0 if address == ctypes.c_void_p(-1).value else address
+        if not self.address:
+            raise OSError(ctypes.get_errno(), "mmap")
+        self.bytes = memoryview((ctypes.c_char * _SIZE).from_address(address)).cast("B")
+
+    def __del__(self, munmap: Callable[[int, int], int] = _libc.munmap) -> None:
+        if self.address:
+            munmap(self.address, _SIZE)
 
 
 def create() -> tuple[Window, int]:
@@ -28,18 +52,30 @@ def create() -> tuple[Window, int]:
     try:
         os.ftruncate(descriptor, _SIZE)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-        return Window(mmap.mmap(descriptor, _SIZE)), descriptor
+        return Window(_Memory(descriptor)), descriptor
     except BaseException:
         os.close(descriptor)
         raise
 
 
-class Window:
+class _View:
+    def __init__(self, memory: _Memory) -> None:
+        self._memory: _Memory | None = memory
+
+    def _mapped(self) -> _Memory:
+        if self._memory is None:
+            raise OSError(errno.EBADF, "the channel is closed")
+        return self._memory
+
+    def close(self) -> None:
+        """It goes with the last call that still uses it."""
+        self._memory = None
+
+
+class Window(_View):
     """The caller's view."""
 
-    def __init__(self, memory: mmap.mmap) -> None:
-        self._memory = memory
-        self._asked = 0
+    _asked = 0
 
     def put(self, request: bytes) -> bool:
         """False for one that is too long."""
@@ -47,56 +83,43 @@ class Window:
         if length > LONGEST:
             return False
         self._asked = length
-        self._memory[:length] = request
+        self._mapped().bytes[:length] = request
         return True
 
     def get(self, length: int) -> bytes:
         """The answer, which is there no longer."""
-        answer = self._memory[_HALF : _HALF + _checked(length)]
-        self._wipe(_HALF, length)
+        memory = self._mapped()
+        answer = bytes(memory.bytes[_HALF : _HALF + _checked(length)])
+        _wipe(memory, _HALF, length)
         return answer
 
     def over(self) -> None:
         """The exchange is: nor is the request."""
-        self._wipe(0, self._asked)
+        _wipe(self._mapped(), 0, self._asked)
         self._asked = 0
 
-    def _wipe(self, begin: int, length: int) -> None:
-        end = begin + length
-        for start in range(begin, end, len(_ZEROS)):
-            stop = min(start + len(_ZEROS), end)
-            self._memory[start:stop] = _ZEROS if stop - start == len(_ZEROS) else bytes(stop - start)
 
-    def close(self) -> None:
-        self._memory.close()
-
-
-class WorkerWindow:
-    """The worker's view. It stays mapped as long as anything refers to it: a call may still be in progress."""
+class WorkerWindow(_View):
+    """The worker's view."""
 
     def __init__(self, descriptor: int) -> None:
         """Takes over the descriptor."""
         try:
-            self._mapped: mmap.mmap | None = mmap.mmap(descriptor, _SIZE)
+            super().__init__(_Memory(descriptor))
         finally:
             os.close(descriptor)
-        self._memory: ctypes.Array[ctypes.c_char] | None = (ctypes.c_char * _SIZE).from_buffer(self._mapped)
 
     def get(self, length: int) -> Placed:
         """The request, where it lies."""
-        assert self._memory is not None
-        return Placed(self._memory, _checked(length))
+        return Placed(self._mapped(), _checked(length))
 
     def put(self, answer: bytes) -> bool:
         """False for one that is too long."""
         length = len(answer)
-        if length > _HALF or self._mapped is None:
+        if length > _HALF:
             return False
-        self._mapped[_HALF : _HALF + length] = answer
+        self._mapped().bytes[_HALF : _HALF + length] = answer
         return True
-
-    def close(self) -> None:
-        self._memory = self._mapped = None
 
 
 class Placed:
@@ -104,10 +127,10 @@ class Placed:
 
     __slots__ = ("_as_parameter_", "_length", "_memory", "address")
 
-    def __init__(self, memory: ctypes.Array[ctypes.c_char], length: int) -> None:
+    def __init__(self, memory: _Memory, length: int) -> None:
         self._memory = memory
         self._length = length
-        self.address = ctypes.addressof(memory)
+        self.address = memory.address
         self._as_parameter_ = ctypes.c_char_p(self.address)  # what ctypes passes on
 
     def __len__(self) -> int:
@@ -123,14 +146,14 @@ class Answer:
 
     __slots__ = ("_memory", "address", "length")
 
-    def __init__(self, memory: ctypes.Array[ctypes.c_char], length: int) -> None:
+    def __init__(self, memory: _Memory, length: int) -> None:
         self._memory = memory
-        self.address = ctypes.addressof(memory) + _HALF
+        self.address = memory.address + _HALF
         self.length = length
 
     def ended(self, length: int) -> None:
         """Nothing stays of what a module wrote behind its end."""
-        ctypes.memset(self.address + length, 0, self.length - length)
+        _wipe(self._memory, _HALF + length, self.length - length)
         self.length = length
 
 
@@ -138,3 +161,10 @@ def _checked(length: int) -> int:
     if length > _HALF:
         raise ValueError("more than the window holds")
     return length
+
+
+def _wipe(memory: _Memory, begin: int, length: int) -> None:
+    end = begin + length
+    for start in range(begin, end, len(_ZEROS)):
+        stop = min(start + len(_ZEROS), end)
+        memory.bytes[start:stop] = _ZEROS if stop - start == len(_ZEROS) else bytes(stop - start)
