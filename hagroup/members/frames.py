@@ -37,7 +37,7 @@ _MSG_NOSIGNAL = socket.MSG_NOSIGNAL
 class Channel:
     """One end of a socket pair. Not for two threads at a time."""
 
-    __slots__ = ("_in", "_out", "_socket", "_timeout", "_view", "_window", "deadline", "number")
+    __slots__ = ("_in", "_out", "_socket", "_timeout", "_view", "_window", "deadline", "holds", "number")
 
     def __init__(self, sock: socket.socket, window: Window | WorkerWindow | None = None) -> None:
         self._socket = sock
@@ -49,6 +49,8 @@ class Channel:
         self.deadline = 0.0
         """Monotonic time at which the exchange in progress is given up; 0 between exchanges or without one."""
         self.number = 0
+        self.holds = False
+        """Something is in the window."""
 
     def limit(self, timeout: float) -> None:
         """Each wait of what follows ends with TimeoutError; ``deadline`` bounds their sum."""
@@ -89,6 +91,7 @@ class Channel:
 
     def send_placed(self, message: list[Any], length: int) -> None:
         """So many bytes in the window take the place of an empty byte string at the very end of the message."""
+        self.holds = True
         out = self._out
         _encode_into(message, out, _PLACED.size)
         _PLACED.pack_into(out, 0, 0, length, len(out) - _PLACED.size)
@@ -157,15 +160,17 @@ class Channel:
         message = innermost = _decode(self._receive_rest(got, _PLACED.size + length)[_PLACED.size - 4 :])
         while isinstance(innermost[-1], list):
             innermost = innermost[-1]
+        self.holds = True
         innermost[-1] = window.get(placed)
         return message
 
     # -- the end
 
-    def over(self) -> None:
-        """The caller has the answer to something long."""
+    def wipe(self) -> None:
+        """Of the caller's end: nothing stays in the window."""
         if isinstance(self._window, Window):
-            self._window.over()
+            self._window.wipe()
+        self.holds = False
 
     def shutdown(self) -> None:
         """Wakes whoever waits on this channel; the descriptor stays until :meth:`close`."""

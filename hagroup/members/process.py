@@ -31,6 +31,7 @@ from hagroup.members.worker import CONTROL_MESSAGE, FINISH, NEW_CHANNEL, Hello, 
 
 _IDLE_CHANNELS = 64  # more are closed when they come back from a burst of calls
 _CLOSE = 5.0  # seconds that an orderly end may take beyond the deadlines of the calls in progress
+_STEPS = frozenset({"stream_update", "stream_final", "stream_cancel"})
 _LEAST = 0.001  # a timeout of zero would mean "do not wait at all" to a socket
 
 
@@ -165,8 +166,6 @@ class ProcessConnection(MessageConnection):
             channel.send(message, bulk)
             sent = True
             number, status, payload = channel.receive()
-            if bulk is not None:
-                channel.over()
             if number != channel.number:
                 raise WorkerFault(f"member {self._name}: the reply to another request")
         except BaseException as error:
@@ -183,6 +182,10 @@ class ProcessConnection(MessageConnection):
             raise
         channel.number += 1
         channel.deadline = 0.0
+        if operation in _STEPS:
+            self._after_step(channel, ended=operation != "stream_update" or status != OK)
+        elif channel.holds:
+            channel.wipe()
         if len(self._idle) < _IDLE_CHANNELS and not self._ended:
             self._idle.append(channel)
         else:
@@ -192,6 +195,20 @@ class ProcessConnection(MessageConnection):
                 self._moved(payload)
             return payload
         raise self._failure(operation, status, payload)
+
+    def _after_step(self, channel: Channel, *, ended: bool) -> None:
+        """Nothing of a stream that ended stays in memory that is shared with the worker, whichever channels it used."""
+        if not ended:
+            return
+        if channel.holds:
+            channel.wipe()
+        for other in [other for other in self._idle if other.holds]:
+            try:
+                self._idle.remove(other)
+            except ValueError:
+                continue  # somebody took it meanwhile, and wipes it
+            other.wipe()
+            self._idle.append(other)
 
     def _failure(self, operation: str, status: int, payload: Any) -> Exception:
         if status == CKR_RETURNED:

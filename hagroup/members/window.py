@@ -2,8 +2,9 @@
 
 One half is the request's, the other the answer's. The caller copies into the one and out of the other; the module
 reads and writes there itself. The memory has no name, its size is sealed, and once both have mapped it there is no
-descriptor of it. It serves one exchange at a time, as its channel does, and is overwritten before that is over. An
-exchange that was given up takes it along: a worker that still reads there, or writes, shares it with nobody any more.
+descriptor of it. It serves one exchange at a time, as its channel does, and is overwritten when that is over; between
+the parts of a stream it is not, since the next part overwrites it. An exchange that was given up takes it along: a
+worker that still reads there, or writes, shares it with nobody any more.
 """
 
 from __future__ import annotations
@@ -75,28 +76,29 @@ class _View:
 class Window(_View):
     """The caller's view."""
 
-    _asked = 0
+    def __init__(self, memory: _Memory) -> None:
+        super().__init__(memory)
+        self._asked = self._answered = 0  # so much of each half was used since it was wiped
 
     def put(self, request: bytes) -> bool:
         """False for one that is too long."""
         length = len(request)
         if length > LONGEST:
             return False
-        self._asked = length
+        self._asked = max(self._asked, length)
         self._mapped().bytes[:length] = request
         return True
 
     def get(self, length: int) -> bytes:
-        """The answer, which is there no longer."""
-        memory = self._mapped()
-        answer = bytes(memory.bytes[_HALF : _HALF + _checked(length)])
-        _wipe(memory, _HALF, length)
-        return answer
+        """The answer."""
+        self._answered = max(self._answered, _checked(length))
+        return bytes(self._mapped().bytes[_HALF : _HALF + length])
 
-    def over(self) -> None:
-        """The exchange is: nor is the request."""
-        _wipe(self._mapped(), 0, self._asked)
-        self._asked = 0
+    def wipe(self) -> None:
+        memory = self._mapped()
+        _wipe(memory, 0, self._asked)
+        _wipe(memory, _HALF, self._answered)
+        self._asked = self._answered = 0
 
 
 class WorkerWindow(_View):

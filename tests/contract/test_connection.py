@@ -783,13 +783,36 @@ def test_nothing_large_stays_in_shared_memory(worker: ProcessConnection) -> None
     sealed = worker.encrypt(cbc, key, LARGE, timeout=T)
     assert worker.decrypt(cbc, key, sealed, timeout=T) == LARGE
     assert rv_of(lambda: worker.decrypt(cbc, key, sealed[:-16], timeout=T)) != CKR.OK
-    stream = worker.stream_open("encrypt", cbc, key, timeout=T)
-    worker.stream_update(stream, LARGE, timeout=T)
-    used = [channel._window for channel in worker._channels]
-    assert used
-    for window in used:
+    assert_wiped(worker)
+
+    def two_threads(stream: int) -> None:
+        """One part on a channel of its own: another one is in use meanwhile."""
+        channel = worker._idle.pop()
+        worker.stream_update(stream, LARGE, timeout=T)
+        worker._idle.append(channel)
+        worker.stream_update(stream, LARGE, timeout=T)
+
+    for end in (worker.stream_final, worker.stream_cancel):
+        stream = worker.stream_open("encrypt", cbc, key, timeout=T)
+        two_threads(stream)
+        end(stream, timeout=T)
+        assert_wiped(worker)
+    stream = worker.stream_open("decrypt", cbc, key, timeout=T)
+    two_threads(stream)
+    generation = worker.generation
+    worker.logout(timeout=T)
+    with pytest.raises(StaleGeneration):
+        worker._call("stream_update", generation, [stream, LARGE], T)
+    assert_wiped(worker)
+
+
+def assert_wiped(worker: ProcessConnection) -> None:
+    windows = [channel._window for channel in worker._channels]
+    assert windows
+    for window in windows:
         assert isinstance(window, Window)
-        assert bytes(window._mapped().bytes).count(0) == len(window._mapped().bytes)
+        memory = bytes(window._mapped().bytes)
+        assert memory.count(0) == len(memory)
 
 
 def test_a_late_large_call_disturbs_no_other(worker: ProcessConnection) -> None:

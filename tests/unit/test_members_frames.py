@@ -130,18 +130,19 @@ def test_long_byte_strings_lie_in_the_window(shared: tuple[Channel, Channel, Win
     answer.ended(size)
     worker.send_placed([1, 0, b""], answer.length)
     assert caller.receive() == [1, 0, data[::-1]]
-    caller.over()
+    caller.wipe()
     assert is_empty(seen)
     # A long answer to a short request; a short one to a long request.
     caller.send([2, "random", 7, [size]])
     assert worker.receive() == [2, "random", 7, [size]]
     worker.send([2, 0, b""], data)
     assert caller.receive() == [2, 0, data]
+    assert caller.holds
     caller.send([3, "sign", 7, [b""]], data)
     worker.receive()
     worker.send([3, 0, b"signature"])
     assert caller.receive() == [3, 0, b"signature"]
-    caller.over()
+    caller.wipe()
     assert is_empty(seen)
 
 
