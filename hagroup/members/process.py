@@ -182,33 +182,35 @@ class ProcessConnection(MessageConnection):
             raise
         channel.number += 1
         channel.deadline = 0.0
-        if operation in _STEPS:
-            self._after_step(channel, ended=operation != "stream_update" or status != OK)
-        elif channel.holds:
-            channel.wipe()
-        if len(self._idle) < _IDLE_CHANNELS and not self._ended:
-            self._idle.append(channel)
-        else:
-            self._discard(channel)
+        if operation not in _STEPS:
+            if channel.holds:
+                channel.wipe()
+        elif operation != "stream_update" or status != OK:
+            self._wipe_after_stream(channel)
+        self._put_back(channel)
         if status == OK:
             if operation == "logout":
                 self._moved(payload)
             return payload
         raise self._failure(operation, status, payload)
 
-    def _after_step(self, channel: Channel, *, ended: bool) -> None:
-        """Nothing of a stream that ended stays in memory that is shared with the worker, whichever channels it used."""
-        if not ended:
-            return
-        if channel.holds:
-            channel.wipe()
-        for other in [other for other in self._idle if other.holds]:
+    def _wipe_after_stream(self, last: Channel) -> None:
+        """Nothing of it stays in memory that is shared with the worker, whichever channels its parts took."""
+        if last.holds:
+            last.wipe()
+        for channel in [channel for channel in self._idle if channel.holds]:
             try:
-                self._idle.remove(other)
+                self._idle.remove(channel)
             except ValueError:
                 continue  # somebody took it meanwhile, and wipes it
-            other.wipe()
-            self._idle.append(other)
+            channel.wipe()
+            self._put_back(channel)
+
+    def _put_back(self, channel: Channel) -> None:
+        if len(self._idle) < _IDLE_CHANNELS and not self._ended:
+            self._idle.append(channel)
+        else:
+            self._discard(channel)
 
     def _failure(self, operation: str, status: int, payload: Any) -> Exception:
         if status == CKR_RETURNED:

@@ -2,9 +2,9 @@
 
 One half is the request's, the other the answer's. The caller copies into the one and out of the other; the module
 reads and writes there itself. The memory has no name, its size is sealed, and once both have mapped it there is no
-descriptor of it. It serves one exchange at a time, as its channel does, and is overwritten when that is over; between
-the parts of a stream it is not, since the next part overwrites it. An exchange that was given up takes it along: a
-worker that still reads there, or writes, shares it with nobody any more.
+descriptor of it. It serves one exchange at a time, as its channel does, and is overwritten when that is over, or when
+the stream is of which it was a part: the next part overwrites it anyway. An exchange that was given up takes it along:
+a worker that still reads there, or writes, shares it with nobody any more.
 """
 
 from __future__ import annotations
@@ -95,10 +95,11 @@ class Window(_View):
         return bytes(self._mapped().bytes[_HALF : _HALF + length])
 
     def wipe(self) -> None:
-        memory = self._mapped()
-        _wipe(memory, 0, self._asked)
-        _wipe(memory, _HALF, self._answered)
-        self._asked = self._answered = 0
+        memory = self._memory
+        if memory is not None:
+            _wipe(memory, 0, self._asked)
+            _wipe(memory, _HALF, self._answered)
+            self._asked = self._answered = 0
 
 
 class WorkerWindow(_View):
