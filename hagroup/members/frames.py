@@ -1,8 +1,8 @@
 """Messages over a stream socket: four bytes of length, then msgpack. Both ends of a worker's channel.
 
 A request is ``[number, operation, generation, arguments]`` and a reply ``[number, status, payload]``. One is under way
-at a time, so a message is nearly always one send and one receive. A long byte string at the very end of a message is
-sent from where it is, without a copy into the message.
+at a time, so a message is nearly always one send and one receive. A long byte string at the very end of a message lies
+in the channel's window; where there is none, or no room, it is sent from where it is, without a copy into the message.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 
+from hagroup.members.window import Window, WorkerWindow
+
 OK, CKR_RETURNED, STALE, DEADLINE, FAULT = range(5)
 """Statuses of a reply. Payloads: the result; ``[rv, function, generation]``; the generation now; a text; a text."""
 
@@ -24,6 +26,8 @@ _BUFFER = 64 * 1024
 _LARGEST_KEPT = 2 << 20
 """A channel's buffer grows up to this with what is received: a new one costs its zeroing and page faults each time."""
 _LENGTH = struct.Struct(">I")
+_PLACED = struct.Struct(">III")
+"""No length, which no message has; how long its last byte string is, which lies in the window; then its length."""
 _BIN32 = struct.Struct(">BI")  # msgpack's header of a byte string with a length of four bytes
 _encode_into = msgspec.msgpack.Encoder().encode_into
 _decode = msgspec.msgpack.Decoder().decode
@@ -33,10 +37,11 @@ _MSG_NOSIGNAL = socket.MSG_NOSIGNAL
 class Channel:
     """One end of a socket pair. Not for two threads at a time."""
 
-    __slots__ = ("_in", "_out", "_socket", "_timeout", "_view", "deadline", "number")
+    __slots__ = ("_in", "_out", "_socket", "_timeout", "_view", "_window", "deadline", "holds", "number")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, window: Window | WorkerWindow | None = None) -> None:
         self._socket = sock
+        self._window = window
         self._timeout: float | None = None
         self._out = bytearray()
         self._in = bytearray(_BUFFER)
@@ -44,6 +49,8 @@ class Channel:
         self.deadline = 0.0
         """Monotonic time at which the exchange in progress is given up; 0 between exchanges or without one."""
         self.number = 0
+        self.holds = False
+        """Something is in the window."""
 
     def limit(self, timeout: float) -> None:
         """Each wait of what follows ends with TimeoutError; ``deadline`` bounds their sum."""
@@ -69,17 +76,31 @@ class Channel:
     def send(self, message: list[Any], bulk: bytes | None = None) -> None:
         """``bulk`` takes the place of an empty byte string at the very end of the message."""
         out = self._out
-        _encode_into(message, out, 4)
-        if bulk is not None:
+        if bulk is None:
+            _encode_into(message, out, 4)
+            _LENGTH.pack_into(out, 0, len(out) - 4)
+            self._send_out()
+        elif self._window is not None and self._window.put(bulk):
+            self.send_placed(message, len(bulk))
+        else:
+            _encode_into(message, out, 4)
             del out[-2:]
             out += _BIN32.pack(0xC6, len(bulk))
             _LENGTH.pack_into(out, 0, len(out) - 4 + len(bulk))
             self._send_rest([memoryview(out), memoryview(bulk)])
-            return
-        _LENGTH.pack_into(out, 0, len(out) - 4)
-        sent = self._socket.send(out, _MSG_NOSIGNAL)
-        if sent != len(out):
-            self._send_rest([memoryview(out)[sent:]])
+
+    def send_placed(self, message: list[Any], length: int) -> None:
+        """So many bytes in the window take the place of an empty byte string at the very end of the message."""
+        self.holds = True
+        out = self._out
+        _encode_into(message, out, _PLACED.size)
+        _PLACED.pack_into(out, 0, 0, length, len(out) - _PLACED.size)
+        self._send_out()
+
+    def _send_out(self) -> None:
+        sent = self._socket.send(self._out, _MSG_NOSIGNAL)
+        if sent != len(self._out):
+            self._send_rest([memoryview(self._out)[sent:]])
 
     def _send_rest(self, parts: list[memoryview]) -> None:
         try:
@@ -105,6 +126,8 @@ class Channel:
         length = _LENGTH.unpack_from(self._in)[0] + 4
         if got == length:
             return _decode(self._view[4:length])
+        if length == 4 and self._window is not None:
+            return self._receive_placed(got, self._window)
         if got > length:
             raise ValueError("a second message came before it was asked for")
         return _decode(self._receive_rest(got, length))
@@ -128,7 +151,26 @@ class Channel:
             got += self._more(view[got:length])
         return view[4:length]
 
+    def _receive_placed(self, got: int, window: Window | WorkerWindow) -> Any:
+        while got < _PLACED.size:
+            got += self._more(self._view[got:])
+        _, placed, length = _PLACED.unpack_from(self._in)
+        if got > _PLACED.size + length:
+            raise ValueError("a second message came before it was asked for")
+        message = innermost = _decode(self._receive_rest(got, _PLACED.size + length)[_PLACED.size - 4 :])
+        while isinstance(innermost[-1], list):
+            innermost = innermost[-1]
+        self.holds = True
+        innermost[-1] = window.get(placed)
+        return message
+
     # -- the end
+
+    def wipe(self) -> None:
+        """Of the caller's end: nothing stays in the window."""
+        if isinstance(self._window, Window):
+            self._window.wipe()
+        self.holds = False
 
     def shutdown(self) -> None:
         """Wakes whoever waits on this channel; the descriptor stays until :meth:`close`."""
@@ -139,4 +181,6 @@ class Channel:
 
     def close(self) -> None:
         self._socket.close()
+        if self._window is not None:
+            self._window.close()
         self.deadline = 0.0

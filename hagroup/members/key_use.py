@@ -8,13 +8,13 @@ from typing import Any
 
 from hagroup.core.calls import Ckr, Handle, SessionId
 from hagroup.core.ckr import CKR
-from hagroup.members import packing
+from hagroup.members import bulk, packing
+from hagroup.members.bulk import Bulk, Result
 from hagroup.members.cryptoki import CKU_CONTEXT_SPECIFIC, Function
 from hagroup.members.module import Module
 from hagroup.members.operation import Operations, output
 from hagroup.members.sessions import BUFFER_SIZE, Session
 
-_ROOM = 1024  # what an output may be longer than its input: padding, tag, a stream's held-back block
 _ENDED = frozenset({CKR.SIGNATURE_INVALID, CKR.SIGNATURE_LEN_RANGE})
 
 
@@ -57,12 +57,14 @@ class KeyUse(Operations):
             self._cryptoki.C_Login(session.handle, CKU_CONTEXT_SPECIFIC, pin, len(pin))
 
     def _transform(
-        self, session: Session, kind: str, pointer: Any, key: Handle, pin: bytes | None, data: bytes
-    ) -> bytes:
+        self, session: Session, kind: str, pointer: Any, key: Handle, pin: bytes | None, data: Bulk
+    ) -> Result:
         self._begin(session, kind, pointer, key, pin)
         length = len(data)
-        room = 0 if kind == "sign" else length + _ROOM
-        result = output(session, self._one_shot[kind], session.handle, data, length, room=room)
+        if length >= bulk.LONG and kind != "sign":
+            result = bulk.transform(session, self._one_shot[kind], data)
+        else:
+            result = output(session, self._one_shot[kind], session.handle, data, length)
         session.operation = None
         return result
 
@@ -73,15 +75,15 @@ class KeyUse(Operations):
         mech: Sequence[Any],
         key: Handle,
         pin: bytes | None,
-        data: bytes,
+        data: Bulk,
     ) -> bytes:
         pointer = packing.mechanism(mech)
         result: bytes = self._life.run(generation, sid, self._transform, "sign", pointer, key, pin, data)
         return result
 
-    def encrypt(self, generation: int, sid: SessionId, mech: Sequence[Any], key: Handle, data: bytes) -> bytes:
+    def encrypt(self, generation: int, sid: SessionId, mech: Sequence[Any], key: Handle, data: Bulk) -> Result:
         pointer = packing.mechanism(mech)
-        result: bytes = self._life.run(generation, sid, self._transform, "encrypt", pointer, key, None, data)
+        result: Result = self._life.run(generation, sid, self._transform, "encrypt", pointer, key, None, data)
         return result
 
     def decrypt(
@@ -91,10 +93,10 @@ class KeyUse(Operations):
         mech: Sequence[Any],
         key: Handle,
         pin: bytes | None,
-        data: bytes,
-    ) -> bytes:
+        data: Bulk,
+    ) -> Result:
         pointer = packing.mechanism(mech)
-        result: bytes = self._life.run(generation, sid, self._transform, "decrypt", pointer, key, pin, data)
+        result: Result = self._life.run(generation, sid, self._transform, "decrypt", pointer, key, pin, data)
         return result
 
     def verify(
@@ -104,7 +106,7 @@ class KeyUse(Operations):
         mech: Sequence[Any],
         key: Handle,
         signature: bytes,
-        data: bytes,
+        data: Bulk,
     ) -> None:
         pointer = packing.mechanism(mech)
 
@@ -125,7 +127,7 @@ class KeyUse(Operations):
             raise
         session.operation = None
 
-    def digest(self, generation: int, sid: SessionId, mech: Sequence[Any], data: bytes) -> bytes:
+    def digest(self, generation: int, sid: SessionId, mech: Sequence[Any], data: Bulk) -> bytes:
         pointer = packing.mechanism(mech)
 
         def action(session: Session) -> bytes:
@@ -171,7 +173,7 @@ class KeyUse(Operations):
         result: bytes = self._life.run(generation, sid, action)
         return result
 
-    def seed(self, generation: int, sid: SessionId, data: bytes) -> None:
+    def seed(self, generation: int, sid: SessionId, data: Bulk) -> None:
         def action(session: Session) -> None:
             self._cryptoki.C_SeedRandom(session.handle, data, len(data))
 
@@ -181,10 +183,15 @@ class KeyUse(Operations):
 
     def stream_open(self, generation: int, kind: str, mech: Sequence[Any], key: Handle, pin: bytes | None) -> SessionId:
         pointer = packing.mechanism(mech)
-        return self._life.open_stream(generation, kind, lambda session: self._begin(session, kind, pointer, key, pin))
 
-    def stream_update(self, generation: int, stream: SessionId, data: bytes | Handle) -> bytes:
-        def action(session: Session) -> bytes:
+        def begin(session: Session) -> None:
+            self._begin(session, kind, pointer, key, pin)
+            session.slow = 0
+
+        return self._life.open_stream(generation, kind, begin)
+
+    def stream_update(self, generation: int, stream: SessionId, data: Bulk | Handle) -> Result:
+        def action(session: Session) -> Result:
             kind = session.kind
             if isinstance(data, int):
                 self._cryptoki.C_DigestKey(session.handle, data)
@@ -193,11 +200,16 @@ class KeyUse(Operations):
                 raise Ckr(CKR.OPERATION_NOT_INITIALIZED, "not a stream")
             update, length = self._update[kind], len(data)
             if kind in ("encrypt", "decrypt"):
-                return output(session, update, session.handle, data, length, room=length + _ROOM)
-            update(session.handle, data, length)
+                if length >= bulk.LONG:
+                    return bulk.update(session, update, data)
+                return output(session, update, session.handle, data, length)
+            if length >= bulk.LONG:
+                bulk.ingest(session, update, data)
+            else:
+                update(session.handle, data, length)
             return b""
 
-        result: bytes = self._life.run_stream(generation, stream, action, last=False)
+        result: Result = self._life.run_stream(generation, stream, action, last=False)
         return result
 
     def stream_final(self, generation: int, stream: SessionId, signature: bytes) -> bytes:

@@ -21,15 +21,17 @@ from typing import Any
 import msgspec
 
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone, StaleGeneration, WorkerFault
-from hagroup.members import launch
+from hagroup.members import launch, window
 from hagroup.members.api import MechanismInfo, ModuleInfo
 from hagroup.members.connection import MessageConnection
 from hagroup.members.frames import BULK, CKR_RETURNED, DEADLINE, OK, STALE, Channel
 from hagroup.members.module import ConnectionSettings, ModuleProblem
+from hagroup.members.window import Window
 from hagroup.members.worker import CONTROL_MESSAGE, FINISH, NEW_CHANNEL, Hello, Start, StartFailed
 
 _IDLE_CHANNELS = 64  # more are closed when they come back from a burst of calls
 _CLOSE = 5.0  # seconds that an orderly end may take beyond the deadlines of the calls in progress
+_STEPS = frozenset({"stream_update", "stream_final", "stream_cancel"})
 _LEAST = 0.001  # a timeout of zero would mean "do not wait at all" to a socket
 
 
@@ -154,15 +156,14 @@ class ProcessConnection(MessageConnection):
             raise MemberGone(f"member {self._name}: the connection is closed", sent=False)
         channel = self._channel(timeout)
         message = [channel.number, operation, generation, arguments]
+        bulk: bytes | None = None
         sent = False
         try:
             channel.limit(max(timeout, _LEAST))
             last = arguments[-1] if arguments else None
             if type(last) is bytes and len(last) >= BULK:
-                arguments[-1] = b""
-                channel.send(message, last)
-            else:
-                channel.send(message)
+                arguments[-1], bulk = b"", last
+            channel.send(message, bulk)
             sent = True
             number, status, payload = channel.receive()
             if number != channel.number:
@@ -181,15 +182,35 @@ class ProcessConnection(MessageConnection):
             raise
         channel.number += 1
         channel.deadline = 0.0
-        if len(self._idle) < _IDLE_CHANNELS and not self._ended:
-            self._idle.append(channel)
-        else:
-            self._discard(channel)
+        if operation not in _STEPS:
+            if channel.holds:
+                channel.wipe()
+        elif operation != "stream_update" or status != OK:
+            self._wipe_after_stream(channel)
+        self._put_back(channel)
         if status == OK:
             if operation == "logout":
                 self._moved(payload)
             return payload
         raise self._failure(operation, status, payload)
+
+    def _wipe_after_stream(self, last: Channel) -> None:
+        """Nothing of it stays in memory that is shared with the worker, whichever channels its parts took."""
+        if last.holds:
+            last.wipe()
+        for channel in [channel for channel in self._idle if channel.holds]:
+            try:
+                self._idle.remove(channel)
+            except ValueError:
+                continue  # somebody took it meanwhile, and wipes it
+            channel.wipe()
+            self._put_back(channel)
+
+    def _put_back(self, channel: Channel) -> None:
+        if len(self._idle) < _IDLE_CHANNELS and not self._ended:
+            self._idle.append(channel)
+        else:
+            self._discard(channel)
 
     def _failure(self, operation: str, status: int, payload: Any) -> Exception:
         if status == CKR_RETURNED:
@@ -214,23 +235,37 @@ class ProcessConnection(MessageConnection):
             pass
         if not self._lock.acquire(timeout=max(timeout, _LEAST)):
             raise DeadlinePassed(f"member {self._name}: no new channel within {timeout:g} s")
+        try:
+            return self._new_channel(timeout)
+        finally:
+            self._lock.release()
+
+    def _new_channel(self, timeout: float) -> Channel:
         ours, theirs = socket.socketpair()
+        memory: Window | None = None
+        descriptors = [theirs.fileno()]
+        try:
+            memory, descriptor = window.create()
+            descriptors.append(descriptor)
+        except (OSError, AttributeError):
+            pass  # the system gives none, or Python was built without it: all goes through the socket
+        channel = Channel(ours, memory)
         try:
             self._control.settimeout(max(timeout, _LEAST))
-            socket.send_fds(self._control, [NEW_CHANNEL], [theirs.fileno()], socket.MSG_NOSIGNAL)
-            channel = Channel(ours)
-            self._channels.add(channel)
-            return channel
+            socket.send_fds(self._control, [NEW_CHANNEL], descriptors, socket.MSG_NOSIGNAL)
         except TimeoutError:
-            ours.close()
+            channel.close()
             raise DeadlinePassed(f"member {self._name}: no new channel within {timeout:g} s") from None
         except OSError:
-            ours.close()
+            channel.close()
             self._gone = True
             raise MemberGone(f"member {self._name}: its worker is gone", sent=False) from None
         finally:
             theirs.close()
-            self._lock.release()
+            for descriptor in descriptors[1:]:
+                os.close(descriptor)
+        self._channels.add(channel)
+        return channel
 
     def _discard(self, channel: Channel) -> None:
         channel.close()

@@ -43,6 +43,7 @@ class Session:
         "owns_objects",
         "pool_life",
         "shut",
+        "slow",
     )
 
     def __init__(self, handle: int) -> None:
@@ -56,6 +57,8 @@ class Session:
         """For a named session: callers take turns."""
         self.shut = False
         self.pool_life = 0
+        self.slow = 0
+        """For a stream: pieces that the module did not take at once; -1: it took one at once."""
         # Each session has its own output buffer: allocating one costs as much as the smallest operations.
         self.buffer = ctypes.create_string_buffer(BUFFER_SIZE)
         self.length = ctypes.c_ulong()

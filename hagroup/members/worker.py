@@ -25,6 +25,7 @@ from hagroup.members.api import MechanismInfo, ModuleInfo, TokenInfo
 from hagroup.members.executor import Executor
 from hagroup.members.frames import BULK, CKR_RETURNED, DEADLINE, FAULT, OK, STALE, Channel
 from hagroup.members.module import ConnectionSettings, Module, ModuleProblem, load
+from hagroup.members.window import Answer, WorkerWindow
 
 CONTROL_MESSAGE = 1 << 20
 NEW_CHANNEL, FINISH = b"c", b"f"
@@ -146,18 +147,16 @@ class Worker:
             message, descriptors, _, _ = socket.recv_fds(self._control, 16, 4)
         except OSError:
             return False
-        for descriptor in descriptors:
-            channel = Channel(socket.socket(fileno=descriptor))
-            threading.Thread(target=self._serve, args=(channel,), daemon=True).start()
+        if descriptors:
+            threading.Thread(target=self._serve, args=descriptors, daemon=True).start()
         return message == NEW_CHANNEL
 
-    def _serve(self, channel: Channel) -> None:
+    def _serve(self, descriptor: int, shared: int = -1) -> None:
         """One caller's requests, one after the other, until it hangs up."""
+        channel = Channel(socket.socket(fileno=descriptor), WorkerWindow(shared) if shared >= 0 else None)
         executor = self._executor
-        if executor is None:
-            return
         try:
-            while True:
+            while executor is not None:
                 number, operation, generation, arguments = channel.receive()
                 self._busy.add(channel)
                 if self._finishing:
@@ -168,6 +167,9 @@ class Worker:
                     if type(payload) is bytes and len(payload) >= BULK:
                         reply[2] = b""
                         channel.send(reply, payload)
+                    elif type(payload) is Answer:
+                        reply[2] = b""
+                        channel.send_placed(reply, payload.length)
                     else:
                         channel.send(reply)
                 except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import select
 import signal
@@ -29,6 +30,7 @@ from hagroup.members.open import (
     ProcessConnection,
     open_connection,
 )
+from hagroup.members.window import Window
 from tests.support.softhsm import TokenFixture, make_token, token_folder
 
 Connection = ProcessConnection | InlineConnection
@@ -388,6 +390,16 @@ def test_large_payloads(c: Connection) -> None:
     assert c.digest((SHA256, None), [data], timeout=60) == _sha256(data)
 
 
+def test_an_error_about_a_large_payload(c: Connection) -> None:
+    key = aes(c)
+    data = os.urandom(100_000)
+    counter = (AES_CTR, ["ctr", 32, bytes(16)])
+    sealed = c.encrypt(counter, key, data, timeout=T)
+    assert rv_of(lambda: c.decrypt((AES_CBC_PAD, bytes(16)), key, sealed + b"odd", timeout=T)) != CKR.OK
+    assert c.decrypt(counter, key, sealed, timeout=T) == data
+    assert len(c.random(100_000, timeout=T)) == 100_000
+
+
 # -- streams
 
 
@@ -425,6 +437,16 @@ def test_interleaved_streams(c: Connection) -> None:
     for n, stream in streams.items():
         sealed[n] += c.stream_final(stream, timeout=T)
         assert sealed[n] == c.encrypt(cbc, key, b"".join(plain[n]), timeout=T)
+    # Parts of any length, which go into the module in pieces.
+    data = os.urandom(3_000_000)
+    stream = c.stream_open("encrypt", cbc, key, timeout=T)
+    borders = [0, 1, 100_000, 165_537, 165_600, 2_300_000, 3_000_000]
+    out = b"".join(c.stream_update(stream, data[a:b], timeout=T) for a, b in itertools.pairwise(borders))
+    assert out + c.stream_final(stream, timeout=T) == c.encrypt(cbc, key, data, timeout=T)
+    digest = c.stream_open("digest", (SHA256, None), 0, timeout=T)
+    for a, b in itertools.pairwise(borders):
+        assert c.stream_update(digest, data[a:b], timeout=T) == b""
+    assert c.stream_final(digest, timeout=T) == _sha256(data)
     # GCM holds everything back until its tag was checked: more than any buffer was meant for.
     gcm = (AES_GCM, ["gcm", b"n" * 12, b"", 128])
     data = os.urandom(200_000)
@@ -768,6 +790,82 @@ def test_let_go_it_finishes_its_call_and_leaves(worker: ProcessConnection) -> No
     os.close(gone)
 
 
+LARGE = os.urandom(200_000)
+
+
+def windows(pid: int | str = "self") -> int:
+    return Path(f"/proc/{pid}/maps").read_text().count("memfd:hagroup")
+
+
+def test_nothing_large_stays_in_shared_memory(worker: ProcessConnection) -> None:
+    key = aes(worker)
+    cbc = (AES_CBC_PAD, bytes(16))
+    sealed = worker.encrypt(cbc, key, LARGE, timeout=T)
+    assert worker.decrypt(cbc, key, sealed, timeout=T) == LARGE
+    assert rv_of(lambda: worker.decrypt(cbc, key, sealed[:-16], timeout=T)) != CKR.OK
+    assert_wiped(worker)
+
+    def two_threads(stream: int) -> None:
+        """One part on a channel of its own: another one is in use meanwhile."""
+        channel = worker._idle.pop()
+        worker.stream_update(stream, LARGE, timeout=T)
+        worker._idle.append(channel)
+        worker.stream_update(stream, LARGE, timeout=T)
+
+    for end in (worker.stream_final, worker.stream_cancel):
+        stream = worker.stream_open("encrypt", cbc, key, timeout=T)
+        two_threads(stream)
+        end(stream, timeout=T)
+        assert_wiped(worker)
+    stream = worker.stream_open("decrypt", cbc, key, timeout=T)
+    two_threads(stream)
+    generation = worker.generation
+    worker.logout(timeout=T)
+    with pytest.raises(StaleGeneration):
+        worker._call("stream_update", generation, [stream, LARGE], T)
+    assert_wiped(worker)
+
+
+def assert_wiped(worker: ProcessConnection) -> None:
+    windows = [channel._window for channel in worker._channels]
+    assert windows
+    for window in windows:
+        assert isinstance(window, Window)
+        memory = bytes(window._mapped().bytes)
+        assert memory.count(0) == len(memory)
+
+
+def test_a_late_large_call_disturbs_no_other(worker: ProcessConnection) -> None:
+    key = aes(worker)
+    counter = (AES_CTR, ["ctr", 32, bytes(16)])
+    sealed = worker.encrypt(counter, key, LARGE, timeout=T)
+    before = windows()
+    freeze(worker.pid)
+    for data in (bytes(300_000), b"\1" * 300_000):
+        with pytest.raises(DeadlinePassed):
+            worker.encrypt(counter, key, data, timeout=0.1)
+    assert windows() < before, "given up with the call"
+    os.kill(worker.pid, signal.SIGCONT)
+    for _ in range(5):
+        assert worker.encrypt(counter, key, LARGE, timeout=T) == sealed
+
+
+def test_without_shared_memory(worker: ProcessConnection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sandbox may refuse it: everything goes through the socket."""
+
+    def refused(*_: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "memfd_create", refused)
+    for channel in worker._idle[:]:
+        worker._discard(channel)
+    worker._idle.clear()
+    key = aes(worker)
+    counter = (AES_CTR, ["ctr", 32, bytes(16)])
+    sealed = worker.encrypt(counter, key, LARGE, timeout=T)
+    assert worker.decrypt(counter, key, sealed, timeout=T) == LARGE
+
+
 def test_an_interrupted_exchange_closes_its_channel(worker: ProcessConnection) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -801,12 +899,13 @@ def test_a_signal_storm_does_not_prolong_the_deadline(worker: ProcessConnection)
 
 def test_short_lived_threads_leave_no_descriptors(worker: ProcessConnection) -> None:
     worker.random(1, timeout=T)
-    before = len(os.listdir("/proc/self/fd"))
+    before, mapped = len(os.listdir("/proc/self/fd")), windows()
     for _ in range(50):
         thread = threading.Thread(target=worker.random, args=(1,), kwargs={"timeout": T})
         thread.start()
         thread.join()
     assert len(os.listdir("/proc/self/fd")) <= before
+    assert windows() <= mapped
 
 
 def test_pin_and_environment_are_not_in_a_command_line(worker: ProcessConnection, token: TokenFixture) -> None:
@@ -829,6 +928,10 @@ def test_worker_is_protected_and_detached(worker: ProcessConnection) -> None:
     assert worker.random(1, timeout=T)
     links = [os.readlink(entry) for entry in Path(f"/proc/{worker.pid}/fd").iterdir()]
     assert not [link for link in links if link.startswith("pipe:")]
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(entry))
+    assert not [link for link in links if "memfd" in link], "shared memory has no descriptor that others could open"
     assert sorted(os.readlink(f"/proc/{worker.pid}/fd/{n}") for n in range(3)) == ["/dev/null"] * 3
 
 
@@ -881,12 +984,14 @@ def _zombie(pid: int) -> bool:
 def test_forked_child_leaves_the_parents_worker_alone(worker: ProcessConnection) -> None:
     worker.random(1, timeout=T)
     descriptors = set(os.listdir("/proc/self/fd"))
+    mapped = windows()
     child = os.fork()
     if child == 0:
         status = 1
         try:
             worker.abandon_after_fork()
             assert not worker.alive
+            assert windows() < mapped
             sockets = [c for c in os.listdir("/proc/self/fd") if c in descriptors]
             assert len(sockets) < len(descriptors)
             with pytest.raises(MemberGone):

@@ -12,7 +12,8 @@ from hagroup import Attribute, KeyType, Mechanism
 from hagroup.errors import StreamTooLong
 from tests.support.faulty import CALL, PROBE, FaultGroup
 
-CHUNKS = [bytes([number]) * 1000 for number in range(8)]
+# By turns long ones, which a worker process sees in shared memory, and which its module gets in pieces; and short ones.
+CHUNKS = [bytes([number]) * (1000 if number % 2 else 100_000) for number in range(8)]
 DATA = b"".join(CHUNKS)
 IV = b"0123456789abcdef"
 Fail = Callable[[FaultGroup, Any, str], None]
@@ -35,12 +36,17 @@ def crashes_after(faulty: FaultGroup, session: Any, member: str) -> None:
     faulty.controls[member].add("crypto", "crash-after", times=1)
 
 
+def in_a_part(faulty: FaultGroup, session: Any, member: str) -> None:
+    """After the module took a piece of the part, and gave its output."""
+    faulty.controls[member].add("C_*Update", "error", rv="CKR_DEVICE_ERROR", skip=1, times=1)
+
+
 def last(faulty: FaultGroup, session: Any, member: str) -> None:
     """Only the final call fails."""
     faulty.controls[member].add("C_*Final", "error", rv="CKR_DEVICE_ERROR", times=1)
 
 
-FAILURES = [killed, device_error, hangs, crashes_after, last]
+FAILURES = [killed, device_error, hangs, crashes_after, in_a_part, last]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def test_encrypt_and_decrypt(faulty: FaultGroup, session: Any, keys: dict[str, A
     assert b"".join(out) == expected
     assert len(out) > len(CHUNKS) // 2, "output is given out as it comes"
     faulty.heal(session)
-    pieces = [expected[start : start + 1000] for start in range(0, len(expected), 1000)]
+    pieces = [expected[start : start + 80_000] for start in range(0, len(expected), 80_000)]
     assert b"".join(secret.decrypt(failing(faulty, session, fail, pieces), mechanism_param=IV)) == DATA
 
 
@@ -115,15 +121,17 @@ def test_a_second_member_fails_in_the_replay(faulty: FaultGroup, session: Any, k
 
 def test_a_stream_longer_than_is_kept(faulty: FaultGroup, keys: dict[str, Any]) -> None:
     """Past the limit it cannot be replayed: a clear error, at once; what goes well is not limited."""
+    chunks = [chunk[:1000] for chunk in CHUNKS]
+    data = b"".join(chunks)
     with faulty.client(toml=faulty.variant("short", 'replay_limit  = "16MiB"', 'replay_limit  = "4KiB"')) as session:
         secret = session.get_key(key_type=KeyType.AES, label="stream")
-        expected = secret.encrypt(DATA, mechanism_param=IV)
-        assert b"".join(secret.encrypt(iter(CHUNKS), mechanism_param=IV)) == expected
+        expected = secret.encrypt(data, mechanism_param=IV)
+        assert b"".join(secret.encrypt(iter(chunks), mechanism_param=IV)) == expected
         with pytest.raises(StreamTooLong, match="replay_limit"):
-            list(secret.encrypt(failing(faulty, session, killed, CHUNKS * 2), mechanism_param=IV))
-        early = failing(faulty, session, killed, CHUNKS[:4])
+            list(secret.encrypt(failing(faulty, session, killed, chunks * 2), mechanism_param=IV))
+        early = failing(faulty, session, killed, chunks[:4])
         assert b"".join(secret.encrypt(early, mechanism_param=IV)) == secret.encrypt(
-            b"".join(CHUNKS[:4]), mechanism_param=IV
+            b"".join(chunks[:4]), mechanism_param=IV
         )
         faulty.heal(session)
     assert CALL > PROBE

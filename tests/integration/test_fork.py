@@ -84,12 +84,20 @@ def pair(session: Any, label: str) -> tuple[Any, Any]:
 
 
 def test_child_signs_and_generates_and_the_parent_goes_on(forked_group: GroupFixture, session: Any) -> None:
+    """The parent is in the middle of a stream whose parts the member's process sees in shared memory."""
     _, private = pair(session, "parent")
     expected = private.sign(b"data", mechanism=PKCS1)
+    secret = session.generate_key(KeyType.AES, 256, store=True, label="streamed")
+    parts = [os.urandom(300_000) for _ in range(3)]
+    sealed = secret.encrypt(b"".join(parts), mechanism_param=bytes(16))
+    stream = secret.encrypt(iter(parts), mechanism_param=bytes(16))
+    streamed = [next(stream)]
 
     def child() -> None:
         for _ in range(3):
             assert private.sign(b"data", mechanism=PKCS1) == expected
+        assert b"".join(secret.encrypt(iter(parts), mechanism_param=bytes(16))) == sealed
+        assert secret.decrypt(sealed, mechanism_param=bytes(16)) == b"".join(parts)
         key = session.generate_key(KeyType.AES, 256, store=True, label="of the child")
         assert key.decrypt(key.encrypt(b"x", mechanism_param=bytes(16)), mechanism_param=bytes(16)) == b"x"
         session.generate_key(KeyType.AES, 256, label="session object of the child").encrypt(
@@ -98,6 +106,7 @@ def test_child_signs_and_generates_and_the_parent_goes_on(forked_group: GroupFix
 
     in_child(child)
     assert private.sign(b"data", mechanism=PKCS1) == expected
+    assert b"".join([*streamed, *stream]) == sealed
     assert session.get_key(label="of the child").encrypt(b"x", mechanism_param=bytes(16))
     assert not list(session.get_objects({Attribute.LABEL: "session object of the child"}))
     for member in forked_group.members.values():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from hagroup import KeyType, Mechanism
 from tests.support.groups import PIN, GroupFixture, make_group, wait_until
 
 IV = b"0123456789abcdef"
+MIB = 1 << 20
 CHUNKS = [bytes([number]) * 1000 for number in range(6)]
 DATA = b"".join(CHUNKS)
 RSA = Mechanism.SHA256_RSA_PKCS
@@ -160,3 +162,27 @@ def test_no_sessions_are_lost_on_the_members(session: Any, keys: dict[str, Any])
         running.close()
     assert outstanding(session) == 0
     assert b"".join(keys["stored"].encrypt(iter(CHUNKS), mechanism_param=IV))
+
+
+def resident(processes: list[int]) -> float:
+    """MiB."""
+    pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in processes]
+    return sum(pages) * os.sysconf("SC_PAGESIZE") / (1 << 20)
+
+
+def test_memory_is_flat(group: GroupFixture, keys: dict[str, Any]) -> None:
+    """What is kept for a replay is bounded; past that nothing grows, here or in the members' processes."""
+    processes = [os.getpid(), *(worker.pid for worker in group.workers().values())]
+    used: list[float] = []
+
+    def parts() -> Iterator[bytes]:
+        for number in range(96):
+            yield bytes([number]) * MIB
+            used.append(resident(processes))
+
+    length = sum(len(out) for out in keys["stored"].encrypt(parts(), mechanism=Mechanism.AES_CBC, mechanism_param=IV))
+    assert length == 96 * MIB
+    begin, replay = used[0], max(used[:24])
+    assert replay < begin + 2 * 16 + 12, "input and output up to replay_limit, and buffers"
+    assert max(used[24:]) <= replay + 2
+    assert max(used[48:]) <= max(used[24:48]) + 2

@@ -1,9 +1,11 @@
-"""Messages over a socket pair."""
+"""Messages over a socket pair, and through the memory that both ends see."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from hagroup.members import window
 from hagroup.members.frames import BULK, Channel
+from hagroup.members.window import LONGEST, Placed, Window, WorkerWindow
 
 
 @pytest.fixture
@@ -96,3 +100,86 @@ def test_the_deadline_bounds_the_whole_message(pair: tuple[Channel, Channel, soc
     one.limit(0.1)
     with pytest.raises(TimeoutError):  # nobody reads
         one.send([1, b""], bytes(50_000_000))
+
+
+@pytest.fixture
+def shared() -> Iterator[tuple[Channel, Channel, Window]]:
+    """The caller's end, the worker's, and the window of the former."""
+    one, two = socket.socketpair()
+    seen, descriptor = window.create()
+    channels = Channel(one, seen), Channel(two, WorkerWindow(descriptor))
+    yield (*channels, seen)
+    for channel in channels:
+        channel.close()
+
+
+def is_empty(seen: Window) -> bool:
+    return bytes(seen._mapped().bytes).count(0) == len(seen._mapped().bytes)
+
+
+@pytest.mark.parametrize("size", [BULK, 1_000_000, LONGEST])
+def test_long_byte_strings_lie_in_the_window(shared: tuple[Channel, Channel, Window], size: int) -> None:
+    caller, worker, seen = shared
+    data = os.urandom(size)
+    caller.send([1, "encrypt", 7, [0, b""]], data)
+    *_, [_, placed] = worker.receive()
+    assert isinstance(placed, Placed)
+    assert ctypes.string_at(placed.address, len(placed)) == data
+    answer = placed.answer(size + 16)
+    ctypes.memmove(answer.address, data[::-1], size)
+    answer.ended(size)
+    worker.send_placed([1, 0, b""], answer.length)
+    assert caller.receive() == [1, 0, data[::-1]]
+    caller.wipe()
+    assert is_empty(seen)
+    # A long answer to a short request; a short one to a long request.
+    caller.send([2, "random", 7, [size]])
+    assert worker.receive() == [2, "random", 7, [size]]
+    worker.send([2, 0, b""], data)
+    assert caller.receive() == [2, 0, data]
+    assert caller.holds
+    caller.send([3, "sign", 7, [b""]], data)
+    worker.receive()
+    worker.send([3, 0, b"signature"])
+    assert caller.receive() == [3, 0, b"signature"]
+    caller.wipe()
+    assert is_empty(seen)
+
+
+def test_what_is_too_long_goes_through_the_socket(shared: tuple[Channel, Channel, Window]) -> None:
+    caller, worker, seen = shared
+    data = os.urandom(LONGEST + 1)
+    received: list[Any] = []
+    thread = threading.Thread(target=lambda: received.append(worker.receive()))
+    thread.start()
+    caller.send([1, b""], data)
+    thread.join(20)
+    assert received == [[1, data]]
+    assert is_empty(seen)
+
+
+def test_a_place_outside_of_the_window(shared: tuple[Channel, Channel, Window]) -> None:
+    for receiver, sender in (shared[:2], shared[1::-1]):
+        sender.send_placed([1, 0, b""], 2 * LONGEST)
+        with pytest.raises(ValueError, match="window"):
+            receiver.receive()
+
+
+def test_a_placed_message_in_pieces(shared: tuple[Channel, Channel, Window]) -> None:
+    caller, worker, _ = shared
+    received: list[Any] = []
+    thread = threading.Thread(target=lambda: received.append(caller.receive()))
+    thread.start()
+    for byte in struct.pack(">III", 0, 3, 4) + b"\x92\x01\xc4\x00":
+        worker._socket.send(bytes([byte]))
+    thread.join(20)
+    assert received == [[1, bytes(3)]]
+
+
+def test_the_size_of_a_window_is_fixed() -> None:
+    seen, descriptor = window.create()
+    for size in (0, 1 << 30):
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, size)
+    os.close(descriptor)
+    seen.close()
