@@ -50,6 +50,9 @@ class TokenObject:
         handle = life.handles.get(self.uid)
         if handle is not None:
             return handle
+        return life.handles.find(self.uid, lambda: self._locate(life), timeout=self._timeout)
+
+    def _locate(self, life: Life) -> Handle:
         found = replica.locate(
             life.connection,
             [self.record.locator],
@@ -59,7 +62,6 @@ class TokenObject:
         )
         if len(found) != 1:  # never the first of several (DESIGN.md 4.4)
             raise Missing(None if found else self.uid)
-        life.handles[self.uid] = found[0]
         return found[0]
 
     def forget(self, member: Member, life: Life) -> None:
