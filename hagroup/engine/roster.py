@@ -629,7 +629,10 @@ class Roster:
             reading.append(self.run(partial(manifest.read, life.connection, keys, timeout=timeout)))
 
         try:
+            begun = self.clock.boot()
             life.keys = self._learn(member, life, read_already)
+            with self._lock:
+                self._paces.proved(member.name, self.clock.boot() - begun)
             shown = reading[0].result() if reading else None  # believed only now that the keys were proved
             manifest.check(self.journal, self.view, member, life, timeout=timeout, shown=shown)
         except BaseException as error:

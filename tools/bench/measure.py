@@ -153,7 +153,7 @@ class Measurement:
             clients[0][0].ask({"do": "first use"})
         else:
             self._start(clients, cell)
-        disturbing = threading.Timer(seconds / 2, self._disturb, (group, clients[0][0].pid))
+        disturbing = threading.Timer(self._options.warm_up + seconds / 2, self._disturb, (group, clients[0][0].pid))
         if self._options.disturb in ("hung", "killed"):
             disturbing.start()
         answers = [client.answer() for client, _ in clients]

@@ -84,14 +84,15 @@ class Cell:
     """One operation, by so many threads of this process; each thread has a session of its own."""
 
     def __init__(self, token: Any, operation: str, threads: int, *, cached: bool, warm_up: float = 0.0) -> None:
-        """:param warm_up: seconds of calls that are not measured, so that a group has found its keys on each member, as
-        plain python-pkcs11 has on its one."""
+        """:param warm_up: seconds of calls before those that are measured, without a pause between them: a group has
+            found its keys on each member then, as plain python-pkcs11 has on its one, and queues are as long as they
+            become."""
         self._token = token
         self._name = operation
         self._cached = cached
         self._warm_up = warm_up if cached and not operation.startswith("create") else 0.0
         self._calls: list[list[tuple[float, float]]] = [[] for _ in range(threads)]
-        """(when it began, how long it took)"""
+        """(when it began, how long it took); the first ones before what is measured."""
         self._errors: list[str] = []
         self._made: set[bytes] = set()
         """CKA_ID of what was created."""
@@ -116,9 +117,6 @@ class Cell:
             step = self._once(session)
             keep = self._name.startswith("create")
             made = [step()]  # what is done only once is not measured
-            warm = time.perf_counter() + self._warm_up
-            while time.perf_counter() < warm:
-                step()
             self._ready.wait()
             self._go.wait()
             while not self._stop.is_set():
@@ -143,8 +141,9 @@ class Cell:
             sys.stdin.readline()
         except threading.BrokenBarrierError:
             print("ready", flush=True)
-        begun, used = time.perf_counter(), processor()
         self._go.set()
+        time.sleep(self._warm_up)
+        begun, used = time.perf_counter(), processor()
         time.sleep(seconds)
         self._stop.set()
         ended = time.perf_counter()
