@@ -245,17 +245,23 @@ class Roster:
 
     # -- choosing ------------------------------------------------------------------------------------------
     def stay(self, objects: Sequence[Usable]) -> Member | None:
-        """The member where the calling thread was, if nothing can be better: idle, and none is preferred to others.
+        """The member where the calling thread was, if nothing can be better: none is preferred to others, and none has
+        fewer outstanding calls.
 
-        What :func:`choose` would say, without looking at the others: the path of nearly every call of a lone thread.
+        What :func:`choose` would say, without asking who of the others has the objects: the path of nearly every call.
         """
         last: Member | None = getattr(self._here, "last", None)
-        if last is None or last.outstanding or last.rests or not self._level or not last.serving:
+        if last is None or last.rests or not self._level or not last.serving:
             return None
         for item in objects:
             if not item.on(last):
                 return None
         with self._lock:  # that of `changed`, taken without its Python code
+            load = last.outstanding
+            if load:  # an idle one need not be compared
+                for member in self.members.values():
+                    if member.outstanding < load and member.serving:
+                        return None
             last.outstanding += 1
             self._uses += 1
             last.last_used = self._uses

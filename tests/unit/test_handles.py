@@ -39,7 +39,9 @@ def never() -> int:
     raise AssertionError("looked for a second time")
 
 
-def asked_meanwhile(handles: Handles, search: Search, asks: Callable[[], int], tell: Callable[[], None]) -> list[object]:
+def asked_meanwhile(
+    handles: Handles, search: Search, asks: Callable[[], int], tell: Callable[[], None]
+) -> list[object]:
     """What the searching thread and one that asks during the search get."""
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(handles.find, UID, search, timeout=LONG)

@@ -44,8 +44,8 @@ def summary(answers: list[Row]) -> Row:
 
 
 def _within(call: tuple[float, float], begin: float, end: float) -> float:
-    """The part of a call that lies in this time. Whole calls would count too little or too much of the long ones at both
-    ends, and waiting for the last one would count time in which the other threads do nothing."""
+    """The part of a call that lies in this time. Whole calls would count too little or too much where they are long,
+    and waiting for the last one would count time in which the other threads do nothing."""
     begun, took = call
     return max(0.0, min(end, begun + took) - max(begin, begun)) / took
 

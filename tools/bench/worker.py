@@ -85,8 +85,8 @@ class Cell:
 
     def __init__(self, token: Any, operation: str, threads: int, *, cached: bool, warm_up: float = 0.0) -> None:
         """:param warm_up: seconds of calls before those that are measured, without a pause between them: a group has
-            found its keys on each member then, as plain python-pkcs11 has on its one, and queues are as long as they
-            become."""
+        found its keys on each member then, as plain python-pkcs11 has on its one, and queues are as long as they
+        become."""
         self._token = token
         self._name = operation
         self._cached = cached
