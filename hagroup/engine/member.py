@@ -173,7 +173,9 @@ class Missing(Exception):
 class Usable(Protocol):
     """An object that an operation uses: a token object of the journal or a session object of this process."""
 
-    always_authenticate: bool
+    @property
+    def always_authenticate(self) -> bool:
+        """A PIN comes with each operation on it."""
 
     def on(self, member: Member) -> bool:
         """Whether it can be used on this member now."""

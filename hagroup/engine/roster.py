@@ -135,7 +135,8 @@ class Roster:
         self._level = False
         """No member is preferred to another by role, site or priority."""
         self._uses = 0
-        self._moved = -1
+        self.followed = -1
+        """The members are as the view was when it had moved so often."""
         self._here = threading.local()
         self._closed = False
         self._head_start = head_start.HeadStart()
@@ -176,11 +177,11 @@ class Roster:
     # -- membership as the journal has it ------------------------------------------------------------------
     def follow_journal(self) -> None:
         """Take over roles, admissions, draining and quarantine from the journal's member records."""
-        if self._moved == self.view.moved:
+        if self.followed == self.view.moved:
             return
         with self.changed:
             moved = self.view.moved
-            if moved == self._moved:  # another thread did it meanwhile
+            if moved == self.followed:  # another thread did it meanwhile
                 return
             configured = self._configured()
             members: dict[str, Member] = {}
@@ -197,7 +198,7 @@ class Roster:
             gone = [member for name, member in self.members.items() if name not in members]
             self.members = members  # anew: other threads go through the old one without a lock
             self._level = len({(one.standby, one.rank) for one in members.values()}) < 2
-            self._moved = moved  # not before: no other thread goes on with what was
+            self.followed = moved  # not before: no other thread goes on with what was
             for member in gone:
                 self._end(member)
             self._heed_rotation()
