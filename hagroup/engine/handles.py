@@ -16,9 +16,10 @@ from hagroup.core.calls import DeadlinePassed, Handle
 class _Search:
     """What one thread looks for and others wait for."""
 
-    __slots__ = ("done", "error", "handle")
+    __slots__ = ("done", "error", "handle", "thread")
 
     def __init__(self) -> None:
+        self.thread = threading.get_ident()
         self.done = threading.Event()
         self.handle: Handle | None = None
         self.error: Exception | None = None
@@ -30,7 +31,7 @@ class Handles(dict[bytes, Handle]):
     def __init__(self) -> None:
         super().__init__()
         self._searches: dict[bytes, _Search] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def find(self, uid: bytes, look: Callable[[], Handle], *, timeout: float) -> Handle:
         """The known handle, or what ``look`` finds; the outcome is that of all who asked meanwhile.
@@ -47,6 +48,8 @@ class Handles(dict[bytes, Handle]):
                 mine = self._searches[uid] = _Search()
         if others is None:
             return self._look(uid, mine, look)
+        if others.thread == threading.get_ident():  # a signal handler, or a finalizer, that came in between
+            return look()
         if not others.done.wait(timeout):
             raise DeadlinePassed("another call's search for the same object hangs")
         if others.error is not None:

@@ -99,3 +99,10 @@ def test_what_is_forgotten_meanwhile_is_not_remembered(forget: Callable[[Handles
         search.finds(7)
         assert first.result(LONG) == 7
     assert handles[UID] == 8
+
+
+def test_a_call_that_interrupts_the_search_of_its_own_thread_does_not_wait_for_it() -> None:
+    """A signal handler or a finalizer that uses the same key."""
+    handles = Handles()
+    assert handles.find(UID, lambda: handles.find(UID, lambda: 7, timeout=LONG), timeout=LONG) == 7
+    assert handles[UID] == 7
