@@ -1,7 +1,8 @@
 """How quickly members take new objects, each compared with the quickest. Pure: times in, a factor out.
 
 Every member is asked to take every new object, so these times compare like with like, whatever is made. Those of single
-operations would not: a signature by another key or over more data takes longer on the best of members.
+operations would not: a signature by another key or over more data takes longer on the best of members. Until a member
+took its first new object, what tells is the proof of the domain's keys, the same calls on each when it is connected.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ class Paces:
 
     def __init__(self) -> None:
         self._times: dict[str, tuple[float, float]] = {}
+        self._proofs: dict[str, float] = {}
+
+    def proved(self, name: str, seconds: float) -> None:
+        """This member, just connected, proved its keys in so many seconds."""
+        self._proofs[name] = seconds
 
     def told(self, name: str, seconds: float, now: float) -> None:
         """This member took new objects in so many seconds. :param now: boot time."""
@@ -34,7 +40,13 @@ class Paces:
         One of which nothing is known while others are counts as slow: it just came, and will be asked like all others.
         """
         fresh = {one: seconds for one, (seconds, when) in self._times.items() if now - when <= _FRESH}
-        if name not in fresh:
-            return SLOW if fresh else 1.0
-        factor = fresh[name] / max(_SHORTEST, min(fresh.values()))
-        return factor if factor >= SLOW else 1.0
+        if name in fresh:
+            return _slower(name, fresh)
+        return max(SLOW if fresh else 1.0, _slower(name, self._proofs))
+
+
+def _slower(name: str, times: dict[str, float]) -> float:
+    if name not in times:
+        return 1.0
+    factor = times[name] / max(_SHORTEST, min(times.values()))
+    return factor if factor >= SLOW else 1.0

@@ -184,7 +184,8 @@ class GroupEngine:
         if self._unusable is not None:
             raise JournalUnavailable(self._unusable)
         self.view.refresh()
-        self.roster.follow_journal()
+        if self.roster.followed != self.view.moved:
+            self.roster.follow_journal()
 
     # -- sessions and objects ------------------------------------------------------------------------------
     def open_session(self, *, rw: bool) -> VirtualSession:

@@ -11,6 +11,7 @@ from hagroup.core.calls import Handle
 from hagroup.core.records import LoginState
 from hagroup.core.states import Event, State, next_state
 from hagroup.engine.domain import DomainKeys
+from hagroup.engine.handles import Handles
 from hagroup.members.api import Connection, MechanismInfo, TokenInfo
 
 
@@ -63,7 +64,7 @@ class Life:
         """The domain's two keys; None until logged in."""
         self.keys_renewed = b""
         """Name of the domain key beside which this life saw no replaced ones on the token."""
-        self.handles: dict[bytes, int] = {}
+        self.handles = Handles()
         """UID to handle of token objects found in this life."""
         self.manifest_epoch = ""
         """Epoch that the token's manifest shows; empty: it shows none."""
@@ -172,7 +173,9 @@ class Missing(Exception):
 class Usable(Protocol):
     """An object that an operation uses: a token object of the journal or a session object of this process."""
 
-    always_authenticate: bool
+    @property
+    def always_authenticate(self) -> bool:
+        """A PIN comes with each operation on it."""
 
     def on(self, member: Member) -> bool:
         """Whether it can be used on this member now."""

@@ -29,27 +29,39 @@ class Repairs(msgspec.Struct, frozen=True):
 class TokenObject:
     """A live token object, as of one reading of the view."""
 
-    __slots__ = ("_members", "_private", "_repairs", "_timeout", "always_authenticate", "changing", "record", "uid")
+    __slots__ = ("_repairs", "_timeout", "_view", "uid")
 
     def __init__(self, view: ObjectView, repairs: Repairs, timeout: float) -> None:
-        self.record = view.record
+        self._view = view  # as a whole: one is made for each call
         self.uid = view.record.uid
-        self._members = view.members
-        self.changing = view.changing
         self._repairs = repairs
         self._timeout = timeout
-        self._private = view.private
-        self.always_authenticate = view.always_authenticate
+
+    @property
+    def record(self) -> ObjectRecord:
+        return self._view.record
+
+    @property
+    def changing(self) -> bool:
+        return self._view.changing
+
+    @property
+    def always_authenticate(self) -> bool:
+        return self._view.always_authenticate
 
     def on(self, member: Member) -> bool:
-        if member.name not in self._members:
+        view = self._view
+        if member.name not in view.members:
             return False
-        return not self._private or (member.life is not None and member.life.logged_in)
+        return not view.private or (member.life is not None and member.life.logged_in)
 
     def handle(self, member: Member, life: Life) -> Handle:
         handle = life.handles.get(self.uid)
         if handle is not None:
             return handle
+        return life.handles.find(self.uid, lambda: self._locate(life), timeout=self._timeout)
+
+    def _locate(self, life: Life) -> Handle:
         found = replica.locate(
             life.connection,
             [self.record.locator],
@@ -59,7 +71,6 @@ class TokenObject:
         )
         if len(found) != 1:  # never the first of several (DESIGN.md 4.4)
             raise Missing(None if found else self.uid)
-        life.handles[self.uid] = found[0]
         return found[0]
 
     def forget(self, member: Member, life: Life) -> None:
@@ -75,10 +86,8 @@ class TokenObject:
         view = self._repairs.again(self.uid)
         if view is None:
             raise Ckr(CKR.KEY_HANDLE_INVALID, "C_FindObjects")
-        moved = view.record is not self.record and view.record != self.record
-        moved = moved or view.members != self._members
-        self.record, self._members, self.changing = view.record, view.members, view.changing
-        return moved
+        before, self._view = self._view, view
+        return view.members != before.members or (view.record is not before.record and view.record != before.record)
 
 
 class SessionObject:

@@ -136,7 +136,8 @@ class Roster:
         self._level = False
         """No member is preferred to another by role, site or priority."""
         self._uses = 0
-        self._moved = -1
+        self.followed = -1
+        """The members are as the view was when it had moved so often."""
         self._here = threading.local()
         self._closed = False
         self._head_start = head_start.HeadStart()
@@ -177,11 +178,11 @@ class Roster:
     # -- membership as the journal has it ------------------------------------------------------------------
     def follow_journal(self) -> None:
         """Take over roles, admissions, draining and quarantine from the journal's member records."""
-        if self._moved == self.view.moved:
+        if self.followed == self.view.moved:
             return
         with self.changed:
             moved = self.view.moved
-            if moved == self._moved:  # another thread did it meanwhile
+            if moved == self.followed:  # another thread did it meanwhile
                 return
             configured = self._configured()
             members: dict[str, Member] = {}
@@ -198,7 +199,7 @@ class Roster:
             gone = [member for name, member in self.members.items() if name not in members]
             self.members = members  # anew: other threads go through the old one without a lock
             self._level = len({(one.standby, one.rank) for one in members.values()}) < 2
-            self._moved = moved  # not before: no other thread goes on with what was
+            self.followed = moved  # not before: no other thread goes on with what was
             for member in gone:
                 self._end(member)
             self._heed_rotation()
@@ -246,17 +247,23 @@ class Roster:
 
     # -- choosing ------------------------------------------------------------------------------------------
     def stay(self, objects: Sequence[Usable]) -> Member | None:
-        """The member where the calling thread was, if nothing can be better: idle, and none is preferred to others.
+        """The member where the calling thread was, if nothing can be better: none is preferred to others, and none has
+        fewer outstanding calls.
 
-        What :func:`choose` would say, without looking at the others: the path of nearly every call of a lone thread.
+        What :func:`choose` would say, without asking who of the others has the objects: the path of nearly every call.
         """
         last: Member | None = getattr(self._here, "last", None)
-        if last is None or last.outstanding or last.rests or not self._level or not last.serving:
+        if last is None or last.rests or not self._level or not last.serving:
             return None
         for item in objects:
             if not item.on(last):
                 return None
         with self._lock:  # that of `changed`, taken without its Python code
+            load = last.outstanding
+            if load:  # an idle one need not be compared
+                for member in self.members.values():
+                    if member.outstanding < load and member.serving:
+                        return None
             last.outstanding += 1
             self._uses += 1
             last.last_used = self._uses
@@ -630,7 +637,10 @@ class Roster:
             reading.append(self.run(partial(manifest.read, life.connection, keys, timeout=timeout)))
 
         try:
+            begun = self.clock.boot()
             life.keys = self._learn(member, life, read_already)
+            with self._lock:
+                self._paces.proved(member.name, self.clock.boot() - begun)
             shown = reading[0].result() if reading else None  # believed only now that the keys were proved
             manifest.check(self.journal, self.view, member, life, timeout=timeout, shown=shown)
         except BaseException as error:

@@ -81,8 +81,9 @@ class VirtualSession:
 
     def key(self, uid: bytes) -> TokenObject | SessionObject:
         """The same for a key of an operation."""
-        found = self._use().object(uid)
-        if found is None or not self._visible(found):
+        group = self._use()
+        found = group.object(uid)
+        if found is None or not (group.access.user or self._visible(found)):
             raise Ckr(CKR.KEY_HANDLE_INVALID, "C_SignInit")
         return found
 

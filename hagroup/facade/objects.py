@@ -39,7 +39,6 @@ class Object(types.Object):
         self._logouts = session.engine.logouts if private else None
 
     @property
-    @raises_pkcs11
     def uid(self) -> bytes:
         """Its name in the group (hagroup's own); a logout ends it for private objects (PKCS#11, C_Logout)."""
         if self._logouts is not None and self._logouts != self._session.engine.logouts:

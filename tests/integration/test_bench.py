@@ -19,7 +19,9 @@ def test_run_compare_plot(tmp_path: Path) -> None:
     results, svg = tmp_path / "results.json", tmp_path / "plot.svg"
     operations = "sign EC P-256,first key use"
     cells = ("--operations", operations, "--threads", "2", "--kinds", "plain,separately,process", "--not-cached")
-    done = call("run", *cells, "--seconds", "0.1", "--rounds", "1", "--network", "2:8", "--json", results)
+    done = call(
+        "run", *cells, "--seconds", "0.1", "--rounds", "1", "--warm-up", "0.1", "--network", "2:8", "--json", results
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(results.read_text())["results"]
     assert len(rows) == 3 * (2 + 1)
@@ -44,7 +46,7 @@ def test_run_compare_plot(tmp_path: Path) -> None:
 def test_a_killed_member_costs_no_error(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     cells = ("--operations", "sign EC P-256", "--threads", "2", "--kinds", "process", "--disturb", "killed")
-    done = call("run", *cells, "--seconds", "0.6", "--rounds", "1", "--json", results)
+    done = call("run", *cells, "--seconds", "0.6", "--warm-up", "0", "--rounds", "1", "--json", results)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(results.read_text())["results"]
     assert row["calls"] and not row["errors"] and row["disturbed"] == "killed"

@@ -102,6 +102,14 @@ MUTATIONS = (
         f"{PROTOCOL}::test_no_handle_outlives_its_connection",
     ),
     Mutation(
+        "a handle that was forgotten while it was looked for is kept",
+        "what moved may have been made anew on the member, and its number given to another key (trap 10)",
+        "hagroup/engine/handles.py",
+        "                if self._searches.get(uid) is search:\n                    self[uid] = search.handle",
+        "                self[uid] = search.handle",
+        "tests/unit/test_handles.py::test_what_is_forgotten_meanwhile_is_not_remembered",
+    ),
+    Mutation(
         "retry without looking",
         "what was asked for without an answer is made again without looking whether it is there (3)",
         "hagroup/engine/resync.py",

@@ -65,6 +65,22 @@ def test_signing_flows_to_the_others(faulty: FaultGroup, session: Any) -> None:
     assert best >= 0.95
 
 
+def test_a_key_is_looked_for_once_on_each(faulty: FaultGroup, session: Any) -> None:
+    """However many threads begin to use it at the same moment: comparing its fingerprint is several calls."""
+    key = session.generate_key(KeyType.AES, 256, store=True, label="begin")
+    wait_until(lambda: not engine(session).journal.owed(), "all members to have it")
+    faulty.heal(session)
+    for control in faulty.controls.values():
+        control.service(50.0, AT_ONCE)
+        control.reset()
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda _: key.encrypt(b"data", mechanism_param=b"0123456789abcdef"), range(3 * THREADS)))
+    compared = {name: control.counts().get("C_DigestKey", 0) for name, control in faulty.controls.items()}
+    for control in faulty.controls.values():
+        control.service_off()
+    assert compared == dict.fromkeys(faulty.names, 1)
+
+
 def test_a_new_key_does_not_wait_for_it(faulty: FaultGroup, session: Any) -> None:
     """Everything that it would do for a new key stands still until the keys were made: it is that slow."""
     control = faulty.controls[SLOW]

@@ -40,3 +40,22 @@ def test_where_all_are_quick_there_is_no_slow_one() -> None:
     paces.told("hsm1", 0.0001, 1.0)
     paces.told("hsm2", 0.14, 1.0)
     assert paces.slower("hsm2", 1.0) == 1.0
+
+
+def test_the_proof_of_the_keys_tells_until_a_member_took_an_object() -> None:
+    paces = Paces()
+    for name, seconds in (("hsm1", 0.06), ("hsm2", 0.6), ("hsm3", 0.1)):
+        paces.proved(name, seconds)
+    assert [round(paces.slower(name, 1.0)) for name in ("hsm1", "hsm2", "hsm3")] == [1, 10, 1]
+    paces.told("hsm1", 0.1, 1.0)
+    assert round(paces.slower("hsm2", 1.0)) == 10, "more than what one counts for of which nothing is known"
+    assert paces.slower("hsm3", 1.0) == SLOW
+    paces.told("hsm2", 0.1, 1.0)
+    assert paces.slower("hsm2", 1.0) == 1.0, "that it was slow then does not matter any more"
+
+
+def test_a_quick_proof_makes_no_member_slow() -> None:
+    paces = Paces()
+    paces.proved("hsm1", 0.001)
+    paces.proved("hsm2", 0.1)
+    assert paces.slower("hsm2", 1.0) == 1.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,3 +99,52 @@ def test_calls_are_spread_evenly(count: int, calls: int) -> None:
         chosen.last_used = number
     loads = [member.outstanding for member in members]
     assert max(loads) - min(loads) <= 1
+
+
+AT_ONCE = 4
+
+
+class Device:
+    """A member of the network model: so many calls at once, the others in the order in which they came."""
+
+    standby = False
+    rank = (0, 0)
+
+    def __init__(self) -> None:
+        self.outstanding = 0
+        self.last_used = 0
+        self.free_at = [0.0] * AT_ONCE
+
+    def ends(self, now: float) -> float:
+        """When a call that comes now is done; each takes one second."""
+        done = max(now, self.free_at[0]) + 1.0
+        heapq.heapreplace(self.free_at, done)
+        return done
+
+
+def calls_per_second(threads: int, members: int) -> float:
+    """Of threads that call again and again, once all of them are under way."""
+    devices = [Device() for _ in range(members)]
+    last: dict[int, Device] = {}
+    ends: list[tuple[float, int]] = [(thread / threads, thread) for thread in range(threads)]
+    begin, end = 20.0, 60.0
+    done = uses = 0
+    while True:
+        now, thread = heapq.heappop(ends)
+        if now >= end:
+            return done / (end - begin)
+        if thread in last:
+            last[thread].outstanding -= 1
+            done += now >= begin
+        device = choose(devices, last.get(thread))
+        assert device is not None
+        uses += 1
+        device.outstanding, device.last_used, last[thread] = device.outstanding + 1, uses, device
+        heapq.heappush(ends, (device.ends(now), thread))
+
+
+@pytest.mark.parametrize("members", range(1, 9))
+def test_nothing_of_what_the_members_can_do_is_lost(members: int) -> None:
+    for threads in sorted({members, members + 1, 2 * members, 4 * members, 4 * members + 1, 32, 64, 100}):
+        allowed = min(threads, members * AT_ONCE)
+        assert calls_per_second(threads, members) >= 0.99 * allowed, (threads, members)

@@ -45,6 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=numbers, default=[1, 16], help="threads of each process (default 1,16)")
     parser.add_argument("--processes", type=numbers, default=[1], help="processes that use the group (default 1)")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement (default 0.5)")
+    parser.add_argument("--warm-up", type=float, help="seconds before each (default 0.3, with --network 2)")
     parser.add_argument("--rounds", type=int, default=3, help="turns; the best of each is kept (default 3)")
     parser.add_argument("--operations", default=",".join(QUICK), help=f"of: {', '.join(ALL)}; or `all`")
     parser.add_argument("--kinds", default="plain,process,none", help=f"of: {', '.join(KINDS)}")
@@ -58,6 +59,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     options.operations = ALL if options.operations == "all" else options.operations.split(",")
     options.kinds = options.kinds.split(",")
+    if options.warm_up is None:
+        options.warm_up = 0.3 if options.network is None else 2.0
     for what, given, known in (("operation", options.operations, ALL), ("kind", options.kinds, KINDS)):
         unknown = [name for name in given if name not in known]
         if unknown:
@@ -150,7 +153,7 @@ class Measurement:
             clients[0][0].ask({"do": "first use"})
         else:
             self._start(clients, cell)
-        disturbing = threading.Timer(seconds / 2, self._disturb, (group, clients[0][0].pid))
+        disturbing = threading.Timer(self._options.warm_up + seconds / 2, self._disturb, (group, clients[0][0].pid))
         if self._options.disturb in ("hung", "killed"):
             disturbing.start()
         answers = [client.answer() for client, _ in clients]
@@ -172,6 +175,7 @@ class Measurement:
 
     def _start(self, clients: list[tuple[Client, int]], cell: dict[str, Any]) -> None:
         question = {"do": "cell", "operation": cell["operation"], "cached": cell["cached"]}
+        question["warm up"] = self._options.warm_up
         for client, threads in clients:
             client.ask({**question, "threads": threads, "seconds": self._options.seconds})
         for client, _ in clients:

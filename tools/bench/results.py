@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -18,7 +19,10 @@ def key(row: Row) -> tuple[Any, ...]:
 
 def summary(answers: list[Row]) -> Row:
     """Of all processes of a cell; times in seconds. ``last third``: the rate after a disturbance half way."""
-    calls = sorted(((begun, took) for answer in answers for begun, took in answer["calls"]), key=lambda call: call[1])
+    calls = sorted(
+        ((begun, took) for answer in answers for begun, took in answer["calls"] if begun + took > 0.0),
+        key=lambda call: call[1],
+    )
     times = [took for _, took in calls]
     errors = [error for answer in answers for error in answer["errors"]]
     if not times:
@@ -33,14 +37,15 @@ def summary(answers: list[Row]) -> Row:
         "p90": times[int(len(times) * 0.90)],
         "p99": times[int(len(times) * 0.99)],
         "longest": times[-1],
-        "processor": sum(answer["processor"] for answer in answers) / len(times),
+        "processor": sum(answer["processor"] for answer in answers) / sum(_within(one, 0.0, math.inf) for one in calls),
         "memory": sum(answer["memory"] for answer in answers),
         "errors": errors,
     }
 
 
 def _within(call: tuple[float, float], begin: float, end: float) -> float:
-    """The part of a call that lies in this time: while the last and longest one ends, the other threads do nothing."""
+    """The part of a call that lies in this time. Whole calls would count too little or too much where they are long,
+    and waiting for the last one would count time in which the other threads do nothing."""
     begun, took = call
     return max(0.0, min(end, begun + took) - max(begin, begun)) / took
 
