@@ -15,6 +15,7 @@ from hagroup.core.calls import Ckr, Handle
 from hagroup.core.ckr import CKR
 from hagroup.core.records import Locator
 from hagroup.engine.proof import is_empty
+from hagroup.engine.stored_records import RECORD_LABEL
 from hagroup.engine.token_contents import OWN_LABEL, InventoryEntry, inventory
 from hagroup.journal.api import Journal
 from hagroup.members.api import Connection
@@ -53,11 +54,9 @@ def _ghosts(connection: Connection, journal: Journal, timeout: float) -> set[Han
     locators = {record.locator for record in journal.objects()}
     names = {(one.object_class, one.label) for one in locators}
     names |= {(one.object_class, one.label) for tombstone in journal.tombstones() for one in tombstone.locators}
-    return {
-        entry.handle
-        for entry in inventory(connection, timeout=timeout)
-        if _is_ghost(connection, entry, locators, names, timeout)
-    }
+    entries = inventory(connection, timeout=timeout)
+    shown = {entry.id for entry in entries if entry.own and entry.object_class == CKO.DATA and entry.id}
+    return {entry.handle for entry in entries if _is_ghost(connection, entry, locators, names, shown, timeout)}
 
 
 def _is_ghost(
@@ -65,10 +64,12 @@ def _is_ghost(
     entry: InventoryEntry,
     locators: Collection[Locator],
     names: Collection[tuple[int, bytes]],
+    shown: Collection[bytes],
     timeout: float,
 ) -> bool:
     """:param locators: of the group's objects; whether these are whole is another question (``Replicator.install``).
     :param names: class and label of those, and of what was destroyed.
+    :param shown: CKA_OBJECT_ID of the group's own data objects there: what each of them is.
     """
     if entry.object_class is None:
         return True
@@ -79,6 +80,8 @@ def _is_ghost(
         return False
     try:
         if entry.own and entry.object_class == CKO.DATA:
+            if entry.label.startswith((RECORD_LABEL, *(one + b":" for one in shown))):
+                return True  # CKA_OBJECT_ID is written last: it was cut off before that
             return connection.get(entry.handle, [int(CKA.VALUE)], timeout=timeout)[0].get(CKA.VALUE) == b""
         return is_empty(connection, entry.handle, entry.object_class, entry.key_type, timeout=timeout)
     except Ckr as error:

@@ -19,6 +19,8 @@ from hagroup.engine.token_contents import APPLICATION, find_all
 from hagroup.members.api import Connection
 
 _LABEL = "hagroup:object:"
+RECORD_LABEL = _LABEL.encode()
+"""What their CKA_LABEL begins with."""
 
 
 def _label(uid: bytes, revision: int) -> bytes:
@@ -122,7 +124,7 @@ def drop_records(connection: Connection, uid: bytes, *, timeout: float, but: int
 def stored_records(connection: Connection, keys: DomainKeys, *, timeout: float) -> Iterator[ObjectRecord]:
     """Every authentic record on the token, in no order; older revisions too."""
     for _, values in _contents(connection, timeout=timeout):
-        if not values.get(CKA.LABEL, b"").startswith(_LABEL.encode()):
+        if not values.get(CKA.LABEL, b"").startswith(RECORD_LABEL):
             continue
         try:
             purpose = _purpose(values.get(CKA.OBJECT_ID, b""))

@@ -35,10 +35,10 @@ class Shows:
         return {number: self._values[number] for number in types if number in self._values}, {}
 
 
-def is_ghost(values: dict[int, bytes], **changes: Any) -> bool:
+def is_ghost(values: dict[int, bytes], shown: frozenset[bytes] = frozenset(), **changes: Any) -> bool:
     entry = msgspec.structs.replace(ENTRY, **changes)
     names = {(int(CKO.PRIVATE_KEY), b"of the group")}
-    return _is_ghost(cast("Connection", Shows(values)), entry, set(), names, 1.0)
+    return _is_ghost(cast("Connection", Shows(values)), entry, set(), names, shown, 1.0)
 
 
 @pytest.mark.parametrize("label", [b"", b"of the group"])
@@ -66,3 +66,12 @@ def test_our_own_without_its_value_goes() -> None:
     data = {"object_class": int(CKO.DATA), "key_type": None, "label": b"hagroup:manifest:1", "own": True}
     assert is_ghost({CKA.VALUE: b"", CKA.APPLICATION: b"hagroup"}, **data)
     assert not is_ghost({CKA.VALUE: b"sealed", CKA.APPLICATION: b"hagroup"}, **data)
+
+
+def test_our_own_that_was_cut_off_before_it_said_what_it_is_goes() -> None:
+    whole = {CKA.VALUE: b"sealed", CKA.APPLICATION: b"hagroup"}
+    data = {"object_class": int(CKO.DATA), "key_type": None, "own": True}
+    assert is_ghost(whole, label=b"hagroup:object:00ff:1", **data)
+    assert is_ghost(whole, label=b"hagroup:manifest:1", shown=frozenset({b"hagroup:manifest"}), **data)
+    # an earlier hagroup wrote them without: then there is no other one of its kind
+    assert not is_ghost(whole, label=b"hagroup:manifest:1", shown=frozenset({b"hagroup:configuration"}), **data)
