@@ -62,6 +62,7 @@ class EtcdOpened(Writer):
         self._long: dict[int, tuple[int, float]] = {}
         self._unsettled: dict[str, Json] = {}
         self._registration: owners.Registration | None = None
+        self._leaving = False
         self.former_owners = frozenset()
         self._lease = 0
         self._times = SeenTimes(self._clock)
@@ -115,7 +116,7 @@ class EtcdOpened(Writer):
         kept = self._client.keep_alive(self._lease, patience=0, always=True) and bool(
             self._client.call("/kv/range", owner).get("kvs")  # gone where the journal was made anew
         )
-        if not kept:
+        if not kept and not self._leaving:
             self._register()
         with contextlib.suppress(JournalUnavailable):  # the next time
             self._settle_later()
@@ -339,6 +340,7 @@ class EtcdOpened(Writer):
             self._leave()
 
     def _leave(self) -> None:
+        self._leaving = True
         registration, self._registration = self._registration, None
         if registration is not None:
             try:
