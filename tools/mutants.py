@@ -27,6 +27,8 @@ def copy_tree(target: Path) -> None:
             shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
         else:
             shutil.copy(source, target / name)
+    # make-group would install all packages once more; PYTHONPATH comes before the tree that was installed
+    (target / ".venv").symlink_to(Path(sys.executable).parents[1])
 
 
 def run_tests(tree: Path, *tests: str) -> tuple[int, str]:
