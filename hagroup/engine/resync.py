@@ -207,7 +207,8 @@ class Resync:
         order = {OwedKind.DESTROY: 0, OwedKind.INSTALL: 1, OwedKind.SET: 2}
         rows = sorted(self.due(member), key=lambda row: (order[row.kind], row.change))
         self._replicator.own_up(rows)
-        self._sweep(member, life)
+        if self._sweep(member, life):
+            lease = self._journal.renew_lease(lease, ttl=LEASE)
         for start in range(0, len(rows), BATCH):
             batch = self._in_flight.take((row.member, row.uid) for row in rows[start : start + BATCH])
             try:
@@ -229,7 +230,8 @@ class Resync:
         try:
             if any(self._over(member, row) for row in claimed):  # it left what it may have left: nothing more comes
                 self._haunted.add(member.name)
-            self._sweep(member, life, [row.uid for row in claimed])
+            if self._sweep(member, life, [row.uid for row in claimed]):
+                lease = self._journal.renew_lease(lease, ttl=LEASE)  # all of the token was read
             while waiting and member.life is life:
                 if lease.expires - self._clock.boot() < LEASE / 2:
                     lease = self._journal.renew_lease(lease, ttl=LEASE)
@@ -242,12 +244,16 @@ class Resync:
                 self._journal.give_up([(row.member, row.uid)], doubt=False, kind=row.kind)
         return lease
 
-    def _sweep(self, member: Member, life: Life, mine: Sequence[bytes] = ()) -> None:
-        """:param mine: claimed by this thread, which has asked for nothing yet."""
-        if member.name in self._haunted and ghosts.sweep(
-            life.connection, self._journal, member.name, mine=mine, timeout=self._timeout
-        ):
+    def _sweep(self, member: Member, life: Life, mine: Sequence[bytes] = ()) -> bool:
+        """Whether that was due.
+
+        :param mine: claimed by this thread, which has asked for nothing yet.
+        """
+        if member.name not in self._haunted:
+            return False
+        if ghosts.sweep(life.connection, self._journal, member.name, mine=mine, timeout=self._timeout):
             self._haunted.discard(member.name)
+        return True
 
     def _carry_out(self, member: Member, life: Life, row: OwedRow, lease: Lease) -> bool:
         """One claimed row. True when it is finished (or nothing was to be done)."""

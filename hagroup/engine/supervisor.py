@@ -6,6 +6,7 @@ application: calls wait, if at all, for a member's state, not for this thread.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -200,11 +201,18 @@ class Supervisor:
         self.resync.recover_intents()
         self.sealer.seal()
         for member in list(self._roster.members.values()):
-            if member.state not in (State.RESYNCING, State.IN_SERVICE):
-                continue
-            if self._take(member, self._roster.config.timeouts.generate):
-                self._resync_task(member, patient=True)
+            if member.state in (State.RESYNCING, State.IN_SERVICE):
+                self._work_off(member)
         self.keeper.keep(insist=True)
+
+    def _work_off(self, member: Member) -> None:
+        """As long as that leaves less to do: on a large and slow token the lease may run out under one row."""
+        before = math.inf
+        while (owed := len(self._journal.owed(member.name))) < before:
+            if not self._take(member, self._roster.config.timeouts.generate):
+                return
+            self._resync_task(member, patient=True)
+            before = owed or -math.inf
 
     def _take(self, member: Member, timeout: float) -> bool:
         """Wait until no background task runs for the member, and be that task."""
