@@ -238,7 +238,9 @@ class Supervisor:
         :param begun: boot time.
         """
         members = self._roster.members.values()
-        coming = [member for member in members if member.looked_at_again or self._came_since(member, begun)]
+        coming = [
+            member for member in members if member.looked_at_again or (member.serving and member.entered >= begun)
+        ]
         end, pause = self._clock.boot() + self._roster.config.timeouts.call, _GLANCE
         while coming := self._still_owing(uid, coming):
             left = end - self._clock.boot()
@@ -262,11 +264,6 @@ class Supervisor:
             for member, row in rows
             if row.reason is None and row.doubt_since is None and (member.serving or self._roster.may_come(member))
         ]
-
-    @staticmethod
-    def _came_since(member: Member, begun: float) -> bool:
-        life = member.life
-        return member.serving and life is not None and life.started >= begun
 
     def recover_now(self) -> None:
         """An intent of a dead process stands in the way."""
