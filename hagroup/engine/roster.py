@@ -344,7 +344,7 @@ class Roster:
             self._head_start.failed(member)
             self.changed.notify_all()
         log.warning("member.failed", member=member.name, reason=why)
-        self.submit(self._kill_when_idle, life)
+        self.submit(self._kill_when_idle, member, life)
         self.submit(self._publish, member, False, why)
         self.on_lost(member)
         self.wake()
@@ -453,17 +453,23 @@ class Roster:
     def _end(self, member: Member) -> None:
         life, member.life = member.life, None
         if life is not None:
-            self.submit(self._kill_when_idle, life)
+            self.submit(self._kill_when_idle, member, life)
 
-    def _kill_when_idle(self, life: Life) -> None:
+    def _kill_when_idle(self, member: Member, life: Life) -> None:
         """Kill a worker once no other call is inside its own deadline: a 50 s key generation is not a hang. Nor is it
-        waited for when it has ended: a member that comes and goes would leave a worker behind each time."""
+        waited for when it has ended: a member that comes and goes would leave a worker behind each time.
+
+        No call begins there any more: one that writes to the token would be cut off. What was cut off all the same is
+        looked for after that, not only after the member was lost: its next life may have been swept by then.
+        """
         connection = life.connection
         if connection.alive:
+            connection.take_no_more()
             until = max(connection.outstanding(), default=0.0)
             while time.monotonic() < until and connection.outstanding():
                 time.sleep(_GLANCE)
         connection.kill()
+        self.on_lost(member)
 
     def _publish(self, member: Member, ok: bool, kind: str) -> None:
         observation = Observation(

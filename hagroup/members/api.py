@@ -192,6 +192,10 @@ class Connection(Protocol):
         """In a forked child: drop what is inherited, without a word to the parent's worker."""
         ...
 
+    def take_no_more(self) -> None:
+        """No call begins any more; those in progress go on."""
+        ...
+
     def let_go(self) -> None:
         """Orderly end that nobody waits for: a worker process finishes the calls in progress (else what one writes to
         the token would be torn) and leaves by itself, in bounded time; a module in this process is abandoned."""

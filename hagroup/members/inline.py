@@ -158,6 +158,9 @@ class InlineConnection(MessageConnection):
                     _parked.setdefault(self._identity, []).append(self._cryptoki)
             self._release_lock()
 
+    def take_no_more(self) -> None:
+        self._ended = True
+
     def let_go(self) -> None:
         self.kill()
 

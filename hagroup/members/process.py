@@ -160,6 +160,8 @@ class ProcessConnection(MessageConnection):
         sent = False
         try:
             channel.limit(max(timeout, _LEAST))
+            if self._ended:  # whoever ends it looks for deadlines after that
+                raise MemberGone(f"member {self._name}: the connection is closed", sent=False)
             last = arguments[-1] if arguments else None
             if type(last) is bytes and len(last) >= BULK:
                 arguments[-1], bulk = b"", last
@@ -285,6 +287,9 @@ class ProcessConnection(MessageConnection):
             return
         self._ended = True
         self._finish()
+
+    def take_no_more(self) -> None:
+        self._ended = True
 
     def let_go(self) -> None:
         if not self._ended:

@@ -750,6 +750,9 @@ class SimConnection:
     def close(self) -> None:
         self.kill()
 
+    def take_no_more(self) -> None:
+        pass
+
     def let_go(self) -> None:
         self.kill()
 
