@@ -129,6 +129,26 @@ def test_a_call_that_executes_late_leaves_nothing(world: Simulation, which: int)
     assert not list(a.real.owed())
 
 
+@pytest.mark.parametrize("what", ["attributes", "record"])
+def test_a_token_that_was_put_back_to_the_middle_of_a_change_is_mended(world: Simulation, what: str) -> None:
+    a = world.client("A")
+    uid = make(a)
+    a.ready().set(uid, [(int(CKA.LABEL), b"other")])
+    a.ready().set(uid, [(int(CKA.DERIVE), b"\x01")])
+    member = world.members["hsm2"]
+    record = f"hagroup:object:{uid.hex()}:".encode()
+    if what == "record":
+        (item,) = [one for one in member.token.objects.values() if one.label.startswith(record)]
+        item.attributes[CKA.LABEL] = record + b"2"
+    else:
+        held(member)[0].attributes[CKA.DERIVE] = b"\x00"
+    member.power_cycle()
+    wait(world, a, 100)
+    assert [one.attributes[CKA.DERIVE] for one in held(member)] == [b"\x01"]
+    labels = [one.label for one in member.token.objects.values() if one.label.startswith(record)]
+    assert labels == [record + b"3"]
+
+
 def test_of_several_matches_none_is_used(world: Simulation) -> None:
     a = world.client("A")
     uid = make(a)
