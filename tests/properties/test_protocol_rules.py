@@ -149,6 +149,21 @@ def test_a_token_that_was_put_back_to_the_middle_of_a_change_is_mended(world: Si
     assert labels == [record + b"3"]
 
 
+@pytest.mark.parametrize("change", ["set", "destroy"])
+def test_a_change_waits_for_a_member_that_is_just_looked_at_again(world: Simulation, change: str) -> None:
+    a = world.client("A")
+    uid = make(a)
+    session = a.ready()
+    member = a.engine.roster.members["hsm2"]
+    assert member.life is not None
+    assert a.engine.roster.look_again(member, member.life, b"another")
+    if change == "set":
+        session.set(uid, [(int(CKA.LABEL), b"other")])
+    else:
+        session.destroy(uid)
+    assert not list(a.real.owed())
+
+
 def test_of_several_matches_none_is_used(world: Simulation) -> None:
     a = world.client("A")
     uid = make(a)
