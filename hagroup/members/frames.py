@@ -124,7 +124,7 @@ class Channel:
         while got < 4:
             got += self._more(self._view[got:]) if got else self._eof()
         length = _LENGTH.unpack_from(self._in)[0] + 4
-        if got == length:
+        if got == length > 4:
             return _decode(self._view[4:length])
         if length == 4 and self._window is not None:
             return self._receive_placed(got, self._window)

@@ -165,15 +165,20 @@ def test_a_place_outside_of_the_window(shared: tuple[Channel, Channel, Window]) 
             receiver.receive()
 
 
-def test_a_placed_message_in_pieces(shared: tuple[Channel, Channel, Window]) -> None:
-    caller, worker, _ = shared
-    received: list[Any] = []
-    thread = threading.Thread(target=lambda: received.append(caller.receive()))
-    thread.start()
-    for byte in struct.pack(">III", 0, 3, 4) + b"\x92\x01\xc4\x00":
-        worker._socket.send(bytes([byte]))
-    thread.join(20)
-    assert received == [[1, bytes(3)]]
+def test_wherever_a_message_is_cut() -> None:
+    """Wherever it is cut. Packets, of which a receive returns one, instead of the stream that may join them."""
+    placed = struct.pack(">III", 0, 3, 4) + b"\x92\x01\xc4\x00"
+    plain = struct.pack(">I", 7) + b"\x92\x01\xc4\x03abc"
+    memory, descriptor = window.create()
+    os.close(descriptor)
+    for message, expected in ((placed, [1, bytes(3)]), (plain, [1, b"abc"])):
+        for size in range(1, len(message) + 1):
+            one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with one, two:
+                for start in range(0, len(message), size):
+                    two.send(message[start : start + size])
+                assert Channel(one, memory).receive() == expected
+    memory.close()
 
 
 def test_the_size_of_a_window_is_fixed() -> None:
