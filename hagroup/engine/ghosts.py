@@ -35,6 +35,8 @@ def sweep(
     found = _ghosts(connection, journal, timeout)
     if not found:
         return True
+    if journal.being_changed(member):
+        return False
     for row in journal.owed(member):
         if row.uid not in mine and any(
             one.doubt_since is None and journal.owner_alive(one.owner) for one in row.attempts

@@ -68,6 +68,7 @@ def remove(group: GroupEngine, name: str, pin: tuple[Pin, str, str] | None, *, k
         group.follow()
     left = _clear(group.config, group.journal, record, pin, keep=keep)
     group.journal.remove_member(name)
+    group.journal.forget_cut_off(group.journal.cut_off(name))
     data = {} if left.why_not is None else {f"member:{name}": "to do"}
     group.journal.event("member removed", _told(left, record, keep=keep), member=name, data=data)
     if any(member.name == name for member in load(group.config.path).members):
@@ -92,6 +93,7 @@ def forget(journal: Journal, name: str, *, lose: bool) -> None:
         raise ConfigurationError(f'no other member than "{name}" is in the group: it would be lost{NOT_CHANGED}')
     _refuse_loss(journal, name, lose=lose)
     journal.remove_member(name)
+    journal.forget_cut_off(journal.cut_off(name))
     left = Left(0, 0, "it is not in hagroup.toml")
     journal.event("member removed", _told(left, record, keep=False), member=name, data={f"member:{name}": "to do"})
 

@@ -43,6 +43,8 @@ _RETRY_FIRST, _RETRY_MOST = 1.0, 60.0
 _ANOTHERS = 1.0
 """Seconds until rows that others work on are looked at again: an owner's death moves no view number."""
 _ROUNDS = 10
+_LOOK = 10.0
+"""Seconds between looks for workers of others that were cut off."""
 
 
 class Resync:
@@ -60,6 +62,8 @@ class Resync:
         """At which view number nothing was due for a member, and until when (boot time) that holds by itself."""
         self._haunted: set[str] = set()
         """Members on which calls may have been cut off inside a write."""
+        self._looked: dict[str, float] = {}
+        """When (boot time) it was looked whether workers of others were."""
         self._in_flight = replicator.in_flight
         roster.on_lost = lambda member: self._haunted.add(member.name)
         self._recovery = Recovery(roster, view, journal, replicator)
@@ -98,12 +102,20 @@ class Resync:
     def has_work(self, member: Member) -> bool:
         life = member.life
         unproved = life is not None and (not life.proved_since_low or renewal.due(self._view, life))
-        if unproved or member.name in self._haunted:
+        if unproved or self._is_haunted(member):
             return True
         number, until = self._nothing_due.get(member.name, (-1, 0.0))
         if number == self._journal.view_number() and self._clock.boot() < until:
             return False  # nothing moved since: reading all that is put off again would tell the same
         return bool(self.due(member))
+
+    def _is_haunted(self, member: Member) -> bool:
+        now = self._clock.boot()
+        if member.name not in self._haunted and now - self._looked.get(member.name, -_LOOK) >= _LOOK:
+            self._looked[member.name] = now
+            if self._journal.cut_off(member.name):
+                self._haunted.add(member.name)
+        return member.name in self._haunted
 
     def _put_off(self, row: OwedRow) -> None:
         _, pause = self._later.get((row.member, row.uid), (0.0, 0.0))
@@ -249,10 +261,12 @@ class Resync:
 
         :param mine: claimed by this thread, which has asked for nothing yet.
         """
-        if member.name not in self._haunted:
+        if not self._is_haunted(member):
             return False
+        cut_off = self._journal.cut_off(member.name)
         if ghosts.sweep(life.connection, self._journal, member.name, mine=mine, timeout=self._timeout):
             self._haunted.discard(member.name)
+            self._journal.forget_cut_off(cut_off)
         return True
 
     def _carry_out(self, member: Member, life: Life, row: OwedRow, lease: Lease) -> bool:

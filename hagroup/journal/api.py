@@ -401,6 +401,18 @@ class Journal(Protocol):
         """Proved dead: its lock is free. False where it cannot be proved."""
         ...
 
+    def being_changed(self, member: str) -> bool:
+        """Whether some worker of this host is inside a call that changes the member's token."""
+        ...
+
+    def cut_off(self, member: str) -> list[str]:
+        """Workers of this host that died inside of such a call (a crash of the host itself may hide some)."""
+        ...
+
+    def forget_cut_off(self, workers: Collection[str]) -> None:
+        """What these may have left on their token was looked for."""
+        ...
+
     def adopt_intent(self, intent: str) -> Intent | None:
         """Take over an intent whose owner is dead, by compare-and-set; with it the claims of that owner on its rows
         (its attempts stay its own, in doubt). None: its owner lives (or is this one), or it is closed."""

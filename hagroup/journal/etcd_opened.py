@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -171,6 +171,15 @@ class EtcdOpened(Writer):
     def worker_dead(self, worker: str) -> bool:
         """Only what ran on this host can be proved dead: elsewhere there is no such file."""
         return owners.is_held(_locks(self._client.url.name), worker) is False
+
+    def being_changed(self, member: str) -> bool:
+        return owners.being_changed(_locks(self._client.url.name), member)
+
+    def cut_off(self, member: str) -> list[str]:
+        return owners.cut_off(_locks(self._client.url.name), member)
+
+    def forget_cut_off(self, workers: Collection[str]) -> None:
+        owners.forget_cut_off(_locks(self._client.url.name), workers)
 
     # -- transactions --------------------------------------------------------------------------------------------
 

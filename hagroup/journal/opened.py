@@ -145,6 +145,15 @@ class Opened(Writer):
     def worker_dead(self, worker: str) -> bool:
         return owners.is_held(self._locks, worker) is False
 
+    def being_changed(self, member: str) -> bool:
+        return owners.being_changed(self._locks, member)
+
+    def cut_off(self, member: str) -> list[str]:
+        return owners.cut_off(self._locks, member)
+
+    def forget_cut_off(self, workers: Collection[str]) -> None:
+        owners.forget_cut_off(self._locks, workers)
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     def reopen_after_fork(self) -> None:

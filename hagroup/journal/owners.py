@@ -2,10 +2,14 @@
 
 The files lie in ``.<journal name>.locks`` beside the journal. The kernel drops a lock with the last descriptor of its
 open file, however the process ends, and no number is reused (as process numbers are).
+
+A worker's file also tells whether a call that changes its token is inside the module (``hagroup.members.lock``). Where
+its holder died in one, the file stays until that token was swept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import os
@@ -13,6 +17,8 @@ import re
 import secrets
 from collections.abc import Callable, Collection
 from pathlib import Path
+
+from hagroup.core.worker_lock import CHANGING, RESTING
 
 _WORKER = ".worker"
 _CLEAN_AT_MOST = 200
@@ -55,11 +61,14 @@ class Registration:
 
     def worker_lock(self, member: str) -> tuple[str, str]:
         """A fresh name and file for a worker of this owner to lock."""
-        readable = re.sub(r"[^A-Za-z0-9_-]", "_", member)[:32]
-        name = f"{self.owner}-{next(self._numbers)}-{readable}{_WORKER}"
+        name = f"{self.owner}-{next(self._numbers)}-{_readable(member)}{_WORKER}"
         path = self._folder / name
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         return name, str(path)
+
+
+def _readable(member: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", member)[:32]
 
 
 def is_held(folder: Path, name: str) -> bool | None:
@@ -87,10 +96,48 @@ def clean(folder: Path, referenced: Callable[[Collection[str]], Collection[str]]
         for entry in itertools.islice(entries, _CLEAN_AT_MOST):
             # A worker's file is made before the worker runs and locks it: it counts as alive with its owner.
             owner = entry.name.partition("-")[0]
-            if not is_held(folder, owner) and not is_held(folder, entry.name):
+            if not (is_held(folder, owner) or is_held(folder, entry.name) or _is_changing(folder, entry.name)):
                 dead.append(entry.name)
     kept = set(referenced(dead)) if dead else set()
     removed = [name for name in dead if name not in kept]
     for name in removed:
         (folder / name).unlink(missing_ok=True)
     return removed
+
+
+def being_changed(folder: Path, member: str) -> bool:
+    """Whether a worker of this host is inside a call that changes the member's token."""
+    return any(is_held(folder, name) for name in _changing(folder, member))
+
+
+def cut_off(folder: Path, member: str) -> list[str]:
+    """Workers that ended inside of such a call, and are not forgotten. (Members whose names look alike share them.)"""
+    return [name for name in _changing(folder, member) if is_held(folder, name) is False]
+
+
+def forget_cut_off(folder: Path, workers: Collection[str]) -> None:
+    """What they left on the token was looked for. (Where that cannot be written it is looked for once more.)"""
+    for name in workers:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.pwrite(descriptor, RESTING, 0)
+            finally:
+                os.close(descriptor)
+
+
+def _changing(folder: Path, member: str) -> list[str]:
+    end = f"-{_readable(member)}{_WORKER}"
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []  # the journal is away
+    return [name for name in names if name.endswith(end) and _is_changing(folder, name)]
+
+
+def _is_changing(folder: Path, name: str) -> bool:
+    try:
+        with open(folder / name, "rb", buffering=0) as file:
+            return file.read(1) == CHANGING
+    except OSError:
+        return False

@@ -13,6 +13,7 @@ from hagroup.core.calls import Ckr, SessionId
 from hagroup.core.ckr import CKR
 from hagroup.members.api import MechanismInfo, ModuleInfo, TokenInfo
 from hagroup.members.key_use import KeyUse
+from hagroup.members.lock import WorkerLock
 from hagroup.members.module import Module
 from hagroup.members.objects import ObjectOperations
 from hagroup.members.sessions import Session
@@ -24,14 +25,27 @@ _OPERATIONS = """
     stream_open stream_update stream_final stream_cancel
 """
 
+_CHANGING = "set destroy create copy generate generate_pair unwrap derive encapsulate decapsulate"
+"""Those that may write to the token."""
+
+
+def _shown(lock: WorkerLock, operation: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        with lock:
+            return operation(*arguments)
+
+    return run
+
 
 class Executor(ObjectOperations, KeyUse):
     """All operations on one initialised module."""
 
-    def __init__(self, module: Module, generation: int) -> None:
+    def __init__(self, module: Module, generation: int, lock: WorkerLock | None = None) -> None:
         super().__init__(module, generation)
         self.mechanisms: dict[int, MechanismInfo] = module.mechanisms()
         self.operations: dict[str, Callable[..., Any]] = {name: getattr(self, name) for name in _OPERATIONS.split()}
+        if lock is not None:
+            self.operations |= {name: _shown(lock, self.operations[name]) for name in _CHANGING.split()}
 
     @property
     def generation(self) -> int:

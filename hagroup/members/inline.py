@@ -20,8 +20,9 @@ from hagroup.members.api import MechanismInfo, ModuleInfo
 from hagroup.members.connection import MessageConnection
 from hagroup.members.cryptoki import Cryptoki
 from hagroup.members.executor import Executor
+from hagroup.members.lock import WorkerLock
 from hagroup.members.module import ConnectionSettings, Module, ModuleProblem, load
-from hagroup.members.worker import hold_lock, where
+from hagroup.members.worker import where
 
 _CLOSE = 5.0
 _environment = threading.Lock()
@@ -94,10 +95,10 @@ class InlineConnection(MessageConnection):
         self._name = settings.name
         self._ended = False
         self._abandoned = False
-        self._lock_file = -1
+        self._lock: WorkerLock | None = None
         if settings.lock_file is not None:
             try:
-                self._lock_file = hold_lock(settings.lock_file)
+                self._lock = WorkerLock(settings.lock_file)
             except OSError as error:
                 text = f"member {self._name}: the lock {settings.lock_file} cannot be had: {error.strerror}"
                 raise MemberGone(text, sent=False) from None
@@ -108,7 +109,7 @@ class InlineConnection(MessageConnection):
                 self._cryptoki = parked.pop() if parked else _load_copy(settings.module, settings.name)
                 module = Module(self._cryptoki, settings)
             try:
-                self._executor = Executor(module, generation)
+                self._executor = Executor(module, generation, self._lock)
             except BaseException:
                 module.finalize()
                 raise
@@ -146,9 +147,8 @@ class InlineConnection(MessageConnection):
             raise WorkerFault(f"member {self._name}: {operation}: {where(error)}") from None
 
     def _release_lock(self) -> None:
-        if self._lock_file >= 0:
-            os.close(self._lock_file)
-            self._lock_file = -1
+        if self._lock is not None:
+            self._lock.release()
 
     def close(self) -> None:
         if not self._ended:
@@ -172,4 +172,5 @@ class InlineConnection(MessageConnection):
     def abandon_after_fork(self) -> None:
         """In a forked child: the module's state is a copy of the parent's and must not be touched."""
         self._abandoned = self._ended = True
-        self._release_lock()
+        if self._lock is not None:
+            self._lock.release_inherited()

@@ -7,7 +7,6 @@ come new channels, the end of either ends this one, after the calls in progress.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import gc
 import os
 import resource
@@ -24,6 +23,7 @@ from hagroup.core.calls import Ckr, DeadlinePassed, StaleGeneration
 from hagroup.members.api import MechanismInfo, ModuleInfo, TokenInfo
 from hagroup.members.executor import Executor
 from hagroup.members.frames import BULK, CKR_RETURNED, DEADLINE, FAULT, OK, STALE, Channel
+from hagroup.members.lock import WorkerLock
 from hagroup.members.module import ConnectionSettings, Module, ModuleProblem, load
 from hagroup.members.window import Answer, WorkerWindow
 
@@ -68,17 +68,6 @@ def where(error: BaseException) -> str:
         return type(error).__name__
     code = step.tb_frame.f_code
     return f"{type(error).__name__} in {code.co_name} ({os.path.basename(code.co_filename)}:{step.tb_lineno})"
-
-
-def hold_lock(path: str) -> int:
-    """An flock for the life of the descriptor (free = dead)."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 class Worker:
@@ -128,14 +117,15 @@ class Worker:
 
     def _load(self, start: Start) -> Hello | StartFailed:
         settings = start.settings
+        lock = None
         if settings.lock_file is not None:
             try:
-                hold_lock(settings.lock_file)
+                lock = WorkerLock(settings.lock_file)
             except OSError as error:
                 text = f"the lock {settings.lock_file} cannot be had: {error.strerror}"
                 return StartFailed(text, problem=False)
         module = Module(load(settings.module, settings.name), settings)
-        executor = Executor(module, start.generation)
+        executor = Executor(module, start.generation, lock)
         self._executor = executor
         return Hello(module.info, module.token_info(), executor.mechanisms)
 

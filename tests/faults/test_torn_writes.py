@@ -7,6 +7,9 @@ A change writes hundreds of times to the token's folder. A run dies in some of t
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -108,5 +111,53 @@ def test_a_worker_dies_while_it_renews_what_its_member_shows(
         faulty.wait_failed(session, VICTIM)
         faulty.heal(session)
         faulty.check_tokens(session, shown_once=False)
+    show(session)  # it takes the place of all that stayed
+    faulty.check_tokens(session)
+
+
+_SHOWS = f"""
+import sys
+import hagroup
+from hagroup.engine import manifest
+from tests.support.faulty import engine
+from tests.support.groups import PIN, wait_until
+session = hagroup.lib(sys.argv[1]).get_token(token_label="payments").open(rw=True, user_pin=PIN)
+group = engine(session)
+member = group.roster.members["{VICTIM}"]
+wait_until(lambda: member in group.roster.serving(), "the member is in service")
+print("ready", flush=True)
+sys.stdin.readline()
+manifest.show_seal(group.view, member, member.life, timeout=10.0)
+"""
+
+
+def test_a_program_dies_with_its_member_inside_a_write(faulty: FaultGroup, session: Any, killpoint: Killpoint) -> None:
+    """Nobody is left who knows of that, and no row of the journal tells: the next one finds the worker's mark."""
+
+    def show_in_a_program(die_at: int) -> int:
+        command = [sys.executable, "-c", _SHOWS, str(faulty.inline)]
+        with subprocess.Popen(
+            command, env=os.environ | killpoint.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as program:
+            assert program.stdin is not None and program.stdout is not None
+            assert program.stdout.readline() == "ready\n"
+            killpoint.arm(die_at)
+            program.stdin.write("\n")
+            program.stdin.close()
+            return program.wait(60)
+
+    faulty.heal(session)
+    assert show_in_a_program(0) == 0
+    total = killpoint.writes
+    before = faulty.labels(own=True)
+    halves = 0
+    for number in range(POINTS):
+        assert show_in_a_program(1 + (total // 2) * number // POINTS) == -signal.SIGKILL
+        halves += "" in faulty.labels(own=True)[VICTIM]
+        done = faulty.group.admin("sync")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "" not in faulty.labels(own=True)[VICTIM]
+        faulty.check_tokens(session, shown_once=False)
+    assert halves, f"nothing was cut off: {before}"
     show(session)  # it takes the place of all that stayed
     faulty.check_tokens(session)

@@ -38,6 +38,8 @@ from tests.support.simulated import Fate, SimConnection, SimMember, SimObject
 
 PIN = b"1234"
 LATE_WINDOW = 600.0
+_LOCAL = frozenset(["view_number", "owner_alive", "worker_dead", "being_changed", "cut_off", "forget_cut_off", "close"])
+"""Not in the database: no client can be interrupted or refused there."""
 _WRITES = frozenset(
     [
         "begin_create",
@@ -126,7 +128,7 @@ class _Journal:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._journal, name)
-        if not callable(found) or name in ("view_number", "owner_alive", "worker_dead", "close"):
+        if not callable(found) or name in _LOCAL:
             return found
         client = self._client
         writes = name in _WRITES

@@ -20,6 +20,7 @@ from hagroup.core.records import OwedKind
 from hagroup.errors import JournalMismatch, JournalUnavailable
 from hagroup.journal import SqliteJournal, binding, open_journal, owners, schema, view
 from hagroup.journal.database import Database
+from hagroup.members.lock import WorkerLock
 from tests.support.journals import (
     LABEL,
     SqliteBackend,
@@ -310,6 +311,39 @@ def test_worker_is_dead_when_its_lock_is_free(journal):
     assert journal.worker_dead(name)
     assert not journal.worker_dead("never heard of"), "cannot be proved"
     assert journal.worker_lock("odd/name \u00e9")[0] != name
+
+
+def test_who_died_in_a_change_is_known_until_that_was_looked_for(journal, backend):
+    other = backend.open()
+    name, path = other.worker_lock("b")
+    lock = WorkerLock(path)
+    assert not journal.being_changed("b")
+    with lock:
+        with lock:
+            assert journal.being_changed("b")
+        assert journal.being_changed("b"), "another call is inside"
+        assert not journal.being_changed("a")
+        assert journal.cut_off("b") == [], "it lives"
+        lock.release()  # as if it were killed
+    other.close()
+    assert not journal.being_changed("b")
+    backend.open()
+    assert journal.cut_off("b") == [name], "its file stays"
+    journal.forget_cut_off(journal.cut_off("b"))
+    assert journal.cut_off("b") == []
+    backend.open()
+    assert not Path(path).exists()
+
+
+def test_who_ended_between_changes_left_nothing(journal):
+    _, path = journal.worker_lock("b")
+    lock = WorkerLock(path)
+    with lock:
+        pass
+    with pytest.raises(BlockingIOError):
+        WorkerLock(path)
+    lock.release()
+    assert journal.cut_off("b") == []
 
 
 def test_lock_files_of_the_dead_go_once_nothing_refers_to_them(journal, backend):
