@@ -7,9 +7,10 @@ that moved since the ``low`` of the token's own manifest is looked for; then the
 
 from __future__ import annotations
 
-from hagroup.core.records import OBJECT_MISSING, OBJECT_REAPPEARED, ObjectRecord, OwedKind
+from hagroup.core.records import OBJECT_MISSING, OBJECT_REAPPEARED, Copy, ObjectRecord, OwedKind
 from hagroup.engine import about, manifest, replica
 from hagroup.engine.member import Life, Member
+from hagroup.engine.roster import Roster
 from hagroup.engine.stored_records import has_its_record
 from hagroup.engine.twins import others_at
 from hagroup.engine.view import View
@@ -44,7 +45,12 @@ def missing_of(
         if member.name in owed:
             continue
         if record is not None:
-            if member.name in copies and not _is_there(journal, life, record, with_record=with_record, timeout=timeout):
+            copy = copies.get(member.name)
+            if (
+                copy is not None
+                and not _is_there(journal, life, record, with_record=with_record, timeout=timeout)
+                and _is_still_so(journal, record, copy)
+            ):
                 rows.append((member.name, uid, OwedKind.INSTALL))
             continue
         tombstone = journal.tombstone(uid)
@@ -53,6 +59,13 @@ def missing_of(
         ):
             rows.append((member.name, uid, OwedKind.DESTROY))
     return rows
+
+
+def _is_still_so(journal: Journal, record: ObjectRecord, copy: Copy) -> bool:
+    """Nobody changed it while it was looked for."""
+    now, copies, owed = journal.object_with_placement(record.uid)
+    unchanged = now is not None and now.revision == record.revision and copy.member not in owed
+    return unchanged and copies.get(copy.member) == copy
 
 
 def _is_there(journal: Journal, life: Life, record: ObjectRecord, *, with_record: bool, timeout: float) -> bool:
@@ -69,6 +82,12 @@ def _is_there(journal: Journal, life: Life, record: ObjectRecord, *, with_record
     return replica.agrees(life.connection, found[0], record, timeout=timeout) and (
         not with_record or has_its_record(life.connection, record, timeout=timeout)
     )
+
+
+def may_be_hidden(roster: Roster, journal: Journal, member: Member, life: Life, uid: bytes) -> bool:
+    """Another process may have made it since this life began: then the next life looks for it."""
+    record = journal.object(uid)
+    return record is not None and record.change > life.began and roster.look_again(member, life, uid)
 
 
 def report(journal: Journal, name: str, rows: list[tuple[str, bytes, OwedKind]]) -> None:

@@ -7,7 +7,7 @@ cannot be trusted to be where its rows say (joining, restored, emptied) is taken
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from hagroup.config.logging import get_logger
 from hagroup.core.calls import Ckr, DeadlinePassed
@@ -21,15 +21,13 @@ from hagroup.core.records import (
     ObjectState,
     OwedKind,
     OwedRow,
-    Tombstone,
 )
 from hagroup.core.states import Event, State
-from hagroup.engine import cleared, ghosts, manifest, recent, renewal, replica
+from hagroup.engine import cleared, ghosts, manifest, recent, renewal, whole_token
 from hagroup.engine.member import Life, Member
 from hagroup.engine.recovery import Recovery
 from hagroup.engine.replicate import Outcome, Replicator, Result
 from hagroup.engine.roster import CONNECTION_LOST, Roster
-from hagroup.engine.token_contents import InventoryEntry
 from hagroup.engine.view import View
 from hagroup.errors import JournalMismatch
 from hagroup.journal.api import Journal, LeaseLost, StaleMembership
@@ -155,7 +153,7 @@ class Resync:
         if record.membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
             self._haunted.add(member.name)
             cleared.sweep(self._journal, self._view, member, life, timeout=self._timeout)
-            if not self.inventory(member, life):
+            if not whole_token.owe_what_differs(self._roster, self._journal, member, life, timeout=self._timeout):
                 return False
         elif not life.proved_since_low and not self._prove_since_low(member, life):
             return False
@@ -354,83 +352,22 @@ class Resync:
         """False: the token went away meanwhile."""
         uids = recent.moved_since_low(self._journal, self._view, life)
         if uids is None:
-            return self.inventory(member, life)
+            return whole_token.owe_what_differs(self._roster, self._journal, member, life, timeout=self._timeout)
         with_record = self._replicator.mirror is None
         rows = recent.missing_of(self._journal, member, life, uids, with_record=with_record, timeout=self._timeout)
         if rows and not self._roster.is_still_whole(member, life):
             return False
-        hidden = [self._may_be_hidden(member, life, uid) for _, uid, kind in rows if kind is OwedKind.INSTALL]
+        hidden = [
+            recent.may_be_hidden(self._roster, self._journal, member, life, uid)
+            for _, uid, kind in rows
+            if kind is OwedKind.INSTALL
+        ]
         if any(hidden):
             return False
         if rows and self.we_are_current(member):
             recent.report(self._journal, member.name, rows)
             self._journal.owe(rows, reason=None)
         return True
-
-    def _may_be_hidden(self, member: Member, life: Life, uid: bytes) -> bool:
-        """Another process may have made it since this life began: then the next life looks for it."""
-        record = self._journal.object(uid)
-        return record is not None and record.change > life.began and self._roster.look_again(member, life, uid)
-
-    # -- inventory -----------------------------------------------------------------------------------------
-    def inventory(self, member: Member, life: Life) -> bool:
-        """Compare everything on a token with the journal, and owe what differs. Nothing on the token is changed.
-
-        False: the token went away meanwhile, and nothing is concluded from what it did not show.
-        """
-        assert life.keys is not None
-        entries = replica.inventory(life.connection, timeout=self._timeout)
-        by_locator: dict[Locator, list[int]] = {}
-        for entry in entries:
-            if not entry.own and not entry.ghost:
-                by_locator.setdefault(entry.locator, []).append(entry.handle)
-        owed = {row.uid: row.kind for row in self._journal.owed(member.name)}
-        confirmed = {copy.uid for copy in self._journal.copies(member.name)}
-        rows: list[tuple[str, bytes, OwedKind]] = []
-        for record in self._journal.objects():
-            there = by_locator.get(record.locator, [])
-            if record.uid in owed:
-                # From an earlier membership: looked for before it is made. Or a change of what is not there: were it
-                # taken back, the member would count as having the object.
-                if there or owed[record.uid] is OwedKind.SET:
-                    rows.append((member.name, record.uid, OwedKind.INSTALL))
-            elif (record.state is ObjectState.LIVE or record.uid in confirmed) and not self._has_it(
-                life, record, there
-            ):  # one that is being created too: whoever brings it to life counts the members that confirmed it
-                rows.append((member.name, record.uid, OwedKind.INSTALL))
-        live = {record.locator for record in self._journal.objects()}
-        strangers = [entry for entry in entries if not (entry.own or entry.ghost or entry.locator in live)]
-        for tombstone in self._journal.tombstones():
-            if tombstone.uid in owed:
-                continue
-            if any(locator in by_locator for locator in tombstone.locators) or self._was_called_otherwise(
-                life, tombstone, strangers
-            ):
-                rows.append((member.name, tombstone.uid, OwedKind.DESTROY))
-        if rows and not self._roster.is_still_whole(member, life):
-            return False
-        back = [row for row in rows if row[2] is OwedKind.DESTROY]
-        if back:
-            recent.report(self._journal, member.name, back)
-        for start in range(0, len(rows), 500):
-            self._journal.owe(rows[start : start + 500], reason=None)
-        log.info("member.inventory", member=member.name, objects=len(entries), owed=len(rows))
-        return True
-
-    def _was_called_otherwise(self, life: Life, tombstone: Tombstone, strangers: Sequence[InventoryEntry]) -> bool:
-        """A restored token may hold an object that was destroyed since, under a label or id that it had before."""
-        kinds = {(locator.object_class, locator.key_type) for locator in tombstone.locators}
-        return any(
-            replica.has_fingerprint(life.connection, entry, tombstone.fingerprint, timeout=self._timeout)
-            for entry in strangers
-            if (entry.object_class, entry.key_type) in kinds
-        )
-
-    def _has_it(self, life: Life, record: ObjectRecord, handles: Iterable[int]) -> bool:
-        matching = [
-            handle for handle in handles if replica.is_this(life.connection, handle, record, timeout=self._timeout)
-        ]
-        return len(matching) == 1 and replica.agrees(life.connection, matching[0], record, timeout=self._timeout)
 
     def we_are_current(self, member: Member) -> bool:
         """Whether the manifests of that member and of one other show that this journal is not the stale one (4.4)."""

@@ -176,8 +176,10 @@ class ProcessConnection(MessageConnection):
             if isinstance(error, TimeoutError):
                 raise DeadlinePassed(f"member {self._name}: {operation} took more than {timeout:g} s") from None
             if isinstance(error, (OSError, EOFError)):
-                # The worker acts on complete requests only, and a failed send has not sent all.
+                # The worker acts on complete requests only, and a failed send has not sent all. Where it left some of
+                # a request unread when it ended, the system resets the connection.
                 self._gone = True
+                sent = sent and not isinstance(error, ConnectionResetError)
                 raise MemberGone(f"member {self._name}: connection lost in {operation}", sent=sent) from None
             if sent and isinstance(error, Exception) and not isinstance(error, WorkerFault):
                 raise WorkerFault(f"member {self._name}: unreadable reply ({type(error).__name__})") from None

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import itertools
 import os
 import select
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -620,8 +624,6 @@ def test_several_tokens_match(folder: Path, isolation: str) -> None:
 
 
 def test_lock_file(token: TokenFixture, isolation: str, tmp_path: Path) -> None:
-    import fcntl
-
     def free() -> bool:
         with open(tmp_path / "lock", "a") as lock:
             try:
@@ -721,6 +723,35 @@ def test_killed_in_the_middle(worker: ProcessConnection) -> None:
     assert not caught.value.sent
     worker.kill()
     until(lambda: not Path(f"/proc/{worker.pid}").exists())
+
+
+@pytest.mark.parametrize("size", [16, 1_000_000, 3_000_000])
+def test_a_request_that_a_killed_worker_never_read(worker: ProcessConnection, size: int) -> None:
+    """It was not carried out, and may be asked of another member without doubt, however long it was."""
+    worker.random(1, timeout=T)  # a channel is there
+    os.kill(worker.pid, signal.SIGSTOP)
+    until(lambda: "T (stopped)" in Path(f"/proc/{worker.pid}/status").read_text())
+    errors: list[BaseException] = []
+
+    def seed() -> None:
+        try:
+            worker.seed(bytes(size), timeout=T)
+        except MemberGone as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=seed)
+    thread.start()
+    (channel,) = worker._channels
+    until(lambda: is_unread(channel._socket))
+    os.kill(worker.pid, signal.SIGKILL)
+    thread.join(T)
+    (error,) = errors
+    assert isinstance(error, MemberGone) and not error.sent
+
+
+def is_unread(sent: socket.socket) -> bool:
+    """Something that was sent waits at the other end (SIOCOUTQ)."""
+    return bool(struct.unpack("i", fcntl.ioctl(sent, termios.TIOCOUTQ, bytes(4)))[0])
 
 
 def test_kill_wakes_callers_and_leaves_no_zombie(worker: ProcessConnection) -> None:

@@ -251,8 +251,10 @@ def test_a_member_lost_without_the_journal(new_group: Any) -> None:
         in_service(session, "hsm1", "hsm2", "hsm3")
         signature = private.sign(b"data", mechanism=RSA)
         with journal_away(group):
-            group.workers()["hsm1"].kill()
-            group.workers()["hsm2"].kill()
+            for name in ("hsm1", "hsm2"):
+                connection = engine(session).roster.members[name].life.connection
+                group.workers()[name].kill()
+                wait_until(lambda connection=connection: not connection.alive, "its worker is gone")
             for _ in range(20):
                 assert private.sign(b"data", mechanism=RSA) == signature
         in_service(session, "hsm1", "hsm2", "hsm3")

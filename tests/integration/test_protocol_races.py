@@ -15,7 +15,7 @@ from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
 from hagroup.core.records import OwedKind
 from hagroup.core.states import State
-from hagroup.engine import domain_keys
+from hagroup.engine import domain_keys, recent, whole_token
 from hagroup.errors import GroupUnavailable, JournalUnavailable
 from tests.support.clients import AES_ECB, Client, Gate, Running, clients, everywhere
 from tests.support.groups import GroupFixture, make_group, wait_until
@@ -390,9 +390,79 @@ def test_a_worker_is_not_kept_for_calls_that_have_ended(two: tuple[Client, Clien
     session = connection.open_session(timeout=5.0)
     pair = (int(CKM.RSA_PKCS_KEY_PAIR_GEN), None)
     making = Running(lambda: connection.generate_pair(pair, bits, [], sid=session, timeout=600.0))
-    wait_until(connection.outstanding, "a call is under way")
+    wait_until(lambda: a.journal.being_changed("hsm2"), "a call is inside")
     a.engine.roster.lost(member, life, "as if it had failed")
     assert connection.alive
     making.end()
     wait_until(lambda: not connection.alive, "its worker is gone", 60.0)
     a.wait_serving()
+
+
+def test_changes_while_a_whole_token_is_compared(
+    two: tuple[Client, Client], shared: GroupFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was read to hold is old by then: nothing that was made, renamed or destroyed meanwhile is made anew or
+    destroyed once more, and no alarm is raised."""
+    a, b = two
+    doomed, renamed = a.aes("doomed"), a.aes("renamed")
+    a.sync()
+    read = whole_token.replica.inventory
+
+    def reads_and_looks_away(*arguments: Any, **options: Any) -> Any:
+        found = read(*arguments, **options)
+        for client in two:
+            client.aes("made")
+        b.session.destroy(doomed)
+        b.rename(renamed, "new")
+        b.sync()
+        return found
+
+    monkeypatch.setattr(whole_token.replica, "inventory", reads_and_looks_away)
+    before = max(event.number for event in a.journal.events())
+    member = a.engine.roster.members["hsm2"]
+    assert member.life is not None
+    assert whole_token.owe_what_differs(a.engine.roster, a.journal, member, member.life, timeout=10.0)
+    assert not a.journal.owed()
+    assert [event.kind for event in a.journal.events(since=before)] == []
+    everywhere(shared, "made", "made", "new")
+
+
+def test_an_object_that_is_being_made_while_a_whole_token_is_compared(
+    two: tuple[Client, Client], shared: GroupFixture
+) -> None:
+    """It is on the token already, and confirmed a moment later: were it owed once more, its creation would fail."""
+    a, _ = two
+    member = a.engine.roster.members["hsm2"]
+    assert member.life is not None
+    gate = Gate(a.journal, "confirm", when=lambda said, **_: said[0].member == "hsm2")
+    owes = Gate(a.journal, "owe")
+    making = Running(lambda: a.aes("made"))
+    gate.wait()
+    assert whole_token.owe_what_differs(a.engine.roster, a.journal, member, member.life, timeout=10.0)
+    gate.open()
+    making.end()
+    assert not owes.reached.is_set()
+    a.sync()
+    everywhere(shared, "made")
+
+
+def test_an_object_changes_while_it_is_looked_for(
+    two: tuple[Client, Client], shared: GroupFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same where only what moved lately is compared."""
+    a, b = two
+    uid = a.aes("old")
+    a.sync()
+    look = recent.replica.locate
+
+    def is_renamed_before(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        b.rename(uid, "new")
+        b.sync()
+        return look(*arguments, **options)
+
+    monkeypatch.setattr(recent.replica, "locate", is_renamed_before)
+    member = a.engine.roster.members["hsm2"]
+    assert member.life is not None
+    assert recent.missing_of(a.journal, member, member.life, [uid], with_record=True, timeout=10.0) == []
+    everywhere(shared, "new")
