@@ -111,9 +111,19 @@ class _Run:
             for locator in tombstone.locators:
                 tombstones.setdefault(locator, []).append(tombstone)
         for entry in entries:
-            if entry.handle not in self._taken:
+            if entry.handle not in self._taken and self._is_there(entry):
                 self.entries.append(entry)
                 self._stranger(entry, tombstones.get(entry.locator, []))
+
+    def _is_there(self, entry: InventoryEntry) -> bool:
+        """It may have been destroyed since the token was read."""
+        try:
+            self._life.connection.get(entry.handle, [int(CKA.CLASS)], timeout=self._timeout)
+        except Ckr as error:
+            if error.rv not in _GONE:
+                raise
+            return False
+        return True
 
     def _found(self, difference: Difference, record: ObjectRecord, text: str) -> Found:
         label = record.attributes.get(CKA.LABEL, b"").decode(errors="replace")
@@ -127,6 +137,10 @@ class _Run:
             if replica.is_this(connection, entry.handle, record, timeout=self._timeout)
         ]
         others = [entry.handle for entry in places.get(record.locator, []) if entry.handle not in matching]
+        if not matching and self._still(record):  # it may have come, or been renamed, since the token was read
+            matching = replica.locate(
+                connection, [record.locator], record.fingerprint, record.attributes, timeout=self._timeout
+            )
         self._taken.update(matching)
         _, owed = self._journal.placement(record.uid)
         row = owed.get(self._name)

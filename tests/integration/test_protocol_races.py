@@ -15,7 +15,7 @@ from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
 from hagroup.core.records import OwedKind
 from hagroup.core.states import State
-from hagroup.engine import domain_keys, recent, whole_token
+from hagroup.engine import domain_keys, recent, verify, whole_token
 from hagroup.errors import GroupUnavailable, JournalUnavailable
 from tests.support.clients import AES_ECB, Client, Gate, Running, clients, everywhere
 from tests.support.groups import GroupFixture, make_group, wait_until
@@ -466,3 +466,29 @@ def test_an_object_changes_while_it_is_looked_for(
     assert member.life is not None
     assert recent.missing_of(a.journal, member, member.life, [uid], with_record=True, timeout=10.0) == []
     everywhere(shared, "new")
+
+
+def test_changes_while_a_member_is_verified(
+    two: tuple[Client, Client], shared: GroupFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ha-admin verify` beside a busy application finds no difference that there never was."""
+    a, b = two
+    doomed, renamed = a.aes("doomed"), a.aes("renamed")
+    a.sync()
+    read = verify.inventory
+
+    def reads_and_looks_away(*arguments: Any, **options: Any) -> Any:
+        found = read(*arguments, **options)
+        for client in two:
+            client.aes("made")
+        b.session.destroy(doomed)
+        b.rename(renamed, "new")
+        b.sync()
+        return found
+
+    monkeypatch.setattr(verify, "inventory", reads_and_looks_away)
+    member = a.engine.roster.members["hsm2"]
+    assert member.life is not None
+    run = verify._Run(a.journal, "hsm2", member.life, timeout=10.0)
+    run.compare()
+    assert (run.differences, run.unproven, run.strangers, run.proved) == ([], [], [], 3)
