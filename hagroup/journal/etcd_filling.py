@@ -15,7 +15,7 @@ from hagroup.errors import JournalUnavailable
 from hagroup.journal.api import Contents
 from hagroup.journal.etcd_client import EtcdClient, Json, after_all, b64
 from hagroup.journal.etcd_keys import Document, KeptEvent, KeptLogin, Keys, encode, part
-from hagroup.journal.etcd_transaction import hindering
+from hagroup.journal.etcd_snapshot import hindering
 from hagroup.journal.moving import owed_at_first
 
 _PUTS = 100

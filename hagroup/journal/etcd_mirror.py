@@ -20,8 +20,8 @@ from hagroup.core.records import Changes, MemberRecord, Seal
 from hagroup.errors import JournalUnavailable
 from hagroup.journal.etcd_client import TIMEOUT, Compacted, EtcdClient, Pair, after_all, b64, pair, range_of
 from hagroup.journal.etcd_keys import Document, Head, Keys
+from hagroup.journal.etcd_snapshot import member_records, only_listed
 from hagroup.journal.etcd_times import SeenTimes
-from hagroup.journal.etcd_transaction import member_records, only_listed
 
 SILENCE = 1.0
 """Seconds without news after which the endpoint is asked whether it still belongs to a quorum."""

@@ -28,8 +28,9 @@ from hagroup.journal import owners
 from hagroup.journal.etcd_client import EtcdClient, Json, Unanswered, b64, pair, range_of
 from hagroup.journal.etcd_keys import Document, Keys, encode
 from hagroup.journal.etcd_mirror import TTL, Mirror
+from hagroup.journal.etcd_swap import Conflict, OwnerLost
 from hagroup.journal.etcd_times import SeenTimes
-from hagroup.journal.etcd_transaction import Conflict, EtcdTransaction, OwnerLost
+from hagroup.journal.etcd_transaction import EtcdTransaction
 from hagroup.journal.transaction import Writer
 
 T = TypeVar("T")

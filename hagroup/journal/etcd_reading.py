@@ -28,7 +28,7 @@ from hagroup.journal import rows
 from hagroup.journal.etcd_client import PATIENCE, Pair, Unanswered, after_all, b64, pair, range_of
 from hagroup.journal.etcd_keys import Document, KeptEvent, KeptLease, KeptLogin
 from hagroup.journal.etcd_opened import EtcdOpened
-from hagroup.journal.etcd_transaction import group_record, only_listed, read_all, snapshot
+from hagroup.journal.etcd_snapshot import group_record, only_listed, read_all, snapshot
 from hagroup.journal.sealed import Sealed, Why
 
 _decode = msgspec.msgpack.decode
