@@ -14,6 +14,7 @@ from hagroup.core.records import Copy, Locator, ObjectRecord, ObjectState, OwedK
 from hagroup.engine import recent, replica
 from hagroup.engine.member import Life, Member
 from hagroup.engine.roster import Roster
+from hagroup.engine.stored_records import RECORD_LABEL
 from hagroup.engine.token_contents import InventoryEntry
 from hagroup.journal.api import Journal
 
@@ -40,6 +41,7 @@ class _Comparison:
         }
         self._buried = {stone.uid for stone in journal.tombstones() if stone.uid not in owed}
         self._entries = replica.inventory(life.connection, timeout=timeout)  # after that was read
+        self._with_record = {one.id for one in self._entries if one.own and one.label.startswith(RECORD_LABEL)}
         self._by_locator: dict[Locator, list[int]] = {}
         for entry in self._entries:
             if not entry.own and not entry.ghost:
@@ -105,12 +107,14 @@ class _Comparison:
         return len(matching) == 1 and replica.agrees(connection, matching[0], record, timeout=self._timeout)
 
     def _back(self) -> Iterator[tuple[bytes, OwedKind]]:
-        """Destroyed, and there (again)."""
+        """Destroyed, and there (again): the object, or its sealed record alone, where the token was put back to the
+        middle of its making."""
         live = {record.locator for record in self._journal.objects()}
         strangers = [entry for entry in self._entries if not (entry.own or entry.ghost or entry.locator in live)]
         for stone in self._journal.tombstones():
             if stone.uid in self._buried and (
-                any(locator in self._by_locator for locator in stone.locators)
+                stone.uid in self._with_record
+                or any(locator in self._by_locator for locator in stone.locators)
                 or self._was_called_otherwise(stone, strangers)
             ):
                 yield stone.uid, OwedKind.DESTROY

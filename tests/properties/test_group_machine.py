@@ -168,6 +168,19 @@ FOUND: dict[str, tuple[int, list[Step]]] = {
             ("restore", 19027, 57013, 18431),
         ],
     ),
+    # the same token, whose object was destroyed since: its record alone was not looked for
+    "record of a destroyed object": (
+        940998,
+        [
+            ("fault", 27548, 41098, 1909),
+            ("create", 36371, 14864, 6402),
+            ("snapshot", 50498, 63815, 52751),
+            ("destroy", 10104, 54727, 51721),
+            ("reboot", 16724, 53558, 18622),
+            ("read", 55993, 10376, 3470),
+            ("restore", 53993, 51028, 41414),
+        ],
+    ),
     # what was made late on a token that was put back hid the older one beside it, under a label of before
     "late beside an older one": (
         906442,
