@@ -24,6 +24,7 @@ from hagroup.core.records import (
 )
 from hagroup.core.states import Event, State
 from hagroup.engine import cleared, ghosts, manifest, recent, renewal, whole_token
+from hagroup.engine.held_lease import held
 from hagroup.engine.member import Life, Member
 from hagroup.engine.recovery import Recovery
 from hagroup.engine.replicate import Outcome, Replicator, Result
@@ -35,7 +36,7 @@ from hagroup.journal.api import Journal, LeaseLost, StaleMembership
 log = get_logger(__name__)
 
 LEASE = 30.0
-"""Seconds; renewed after every batch."""
+"""Seconds; renewed between rows, and while one is worked on."""
 BATCH = 16
 _RETRY_FIRST, _RETRY_MOST = 1.0, 60.0
 _ANOTHERS = 1.0
@@ -129,7 +130,7 @@ class Resync:
         life = member.life
         if life is None or not self._roster.usable_keys(member) or self._roster.journal_behind() is not None:
             return False
-        lease = self._journal.acquire_lease(f"resync/{member.name}", ttl=LEASE)
+        lease = self._journal.acquire_lease(_lease(member), ttl=LEASE)
         if lease is None:
             return False
         try:
@@ -145,18 +146,16 @@ class Resync:
         finally:
             self._journal.release_lease(lease)
 
+    def is_at_it(self, member: Member) -> bool:
+        """Whether some process brings it up to date now."""
+        return self._journal.lease_held(_lease(member))
+
     def _under_lease(self, member: Member, life: Life, lease: Lease) -> bool:
-        if renewal.due(self._view, life):
-            renewal.renew(self._journal, self._view, member, life, timeout=self._timeout)
         record = self._view.members[member.name]
         looked_at = record.membership, record.since, self._view.group.epoch
-        if record.membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
-            self._haunted.add(member.name)
-            cleared.sweep(self._journal, self._view, member, life, timeout=self._timeout)
-            if not whole_token.owe_what_differs(self._roster, self._journal, member, life, timeout=self._timeout):
+        with held(self._journal, lease, ttl=LEASE):
+            if not self._look(member, life, record.membership):
                 return False
-        elif not life.proved_since_low and not self._prove_since_low(member, life):
-            return False
         life.proved_since_low = True
         for _ in range(_ROUNDS):
             barrier = self._journal.barrier()
@@ -173,6 +172,16 @@ class Resync:
                 self._raise_low(member, life, barrier)
                 return True
         return False
+
+    def _look(self, member: Member, life: Life, membership: Membership) -> bool:
+        """What differs on its token from what its rows say is owed by now. False: that cannot be told."""
+        if renewal.due(self._view, life):
+            renewal.renew(self._journal, self._view, member, life, timeout=self._timeout)
+        if membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
+            self._haunted.add(member.name)
+            cleared.sweep(self._journal, self._view, member, life, timeout=self._timeout)
+            return whole_token.owe_what_differs(self._roster, self._journal, member, life, timeout=self._timeout)
+        return life.proved_since_low or self._prove_since_low(member, life)
 
     def _admit(self, member: Member, life: Life, barrier: int, lease: Lease, group: GroupRecord) -> bool:
         """:param group: as it was when it was seen that nothing more has to be looked at on the token."""
@@ -217,12 +226,13 @@ class Resync:
         order = {OwedKind.DESTROY: 0, OwedKind.INSTALL: 1, OwedKind.SET: 2}
         rows = sorted(self.due(member), key=lambda row: (order[row.kind], row.change))
         self._replicator.own_up(rows)
-        if self._sweep(member, life):
-            lease = self._journal.renew_lease(lease, ttl=LEASE)
+        with held(self._journal, lease, ttl=LEASE):
+            self._sweep(member, life)
         for start in range(0, len(rows), BATCH):
             batch = self._in_flight.take((row.member, row.uid) for row in rows[start : start + BATCH])
             try:
-                lease = self._batch(member, life, batch, lease)
+                with held(self._journal, lease, ttl=LEASE):
+                    lease = self._batch(member, life, batch, lease)
             except StaleMembership:
                 self._view.refresh(always=True)
                 return lease
@@ -240,8 +250,7 @@ class Resync:
         try:
             if any(self._over(member, row) for row in claimed):  # it left what it may have left: nothing more comes
                 self._haunted.add(member.name)
-            if self._sweep(member, life, [row.uid for row in claimed]):
-                lease = self._journal.renew_lease(lease, ttl=LEASE)  # all of the token was read
+            self._sweep(member, life, [row.uid for row in claimed])
             while waiting and member.life is life:
                 if lease.expires - self._clock.boot() < LEASE / 2:
                     lease = self._journal.renew_lease(lease, ttl=LEASE)
@@ -254,18 +263,14 @@ class Resync:
                 self._journal.give_up([(row.member, row.uid)], doubt=False, kind=row.kind)
         return lease
 
-    def _sweep(self, member: Member, life: Life, mine: Sequence[bytes] = ()) -> bool:
-        """Whether that was due.
-
-        :param mine: claimed by this thread, which has asked for nothing yet.
-        """
+    def _sweep(self, member: Member, life: Life, mine: Sequence[bytes] = ()) -> None:
+        """:param mine: claimed by this thread, which has asked for nothing yet."""
         if not self._is_haunted(member):
-            return False
+            return
         cut_off = self._journal.cut_off(member.name)
         if ghosts.sweep(life.connection, self._journal, member.name, mine=mine, timeout=self._timeout):
             self._haunted.discard(member.name)
             self._journal.forget_cut_off(cut_off)
-        return True
 
     def _carry_out(self, member: Member, life: Life, row: OwedRow, lease: Lease) -> bool:
         """One claimed row. True when it is finished (or nothing was to be done)."""
@@ -396,3 +401,7 @@ class Resync:
     # -- for commands --------------------------------------------------------------------------------------
     def states(self) -> dict[str, State]:
         return {name: member.state for name, member in self._roster.members.items()}
+
+
+def _lease(member: Member) -> str:
+    return f"resync/{member.name}"

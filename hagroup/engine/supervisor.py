@@ -32,6 +32,8 @@ TICK = 1.0
 """Seconds between looks when nothing happens."""
 _GLANCE = 0.05
 """Seconds until it is looked again whether a member has done what it owes; then twice as long each time."""
+_LOOK = 0.5
+"""Seconds between looks whether another process does what a member owes."""
 WITNESSES = 2
 """So many other processes must have seen a member fail before this one looks for itself."""
 
@@ -206,13 +208,27 @@ class Supervisor:
         self.keeper.keep(insist=True)
 
     def _work_off(self, member: Member) -> None:
-        """As long as that leaves less to do: on a large and slow token the lease may run out under one row."""
+        """As long as that leaves less to do, whoever does it: the background or another process may be at it, and need
+        longer on a large and slow token than one call may."""
         before = math.inf
-        while (owed := len(self._journal.owed(member.name))) < before:
-            if not self._take(member, self._roster.config.timeouts.generate):
+        while True:
+            if self._take(member, self._roster.config.timeouts.generate):
+                self._resync_task(member, patient=True)
+            left = len(self._journal.owed(member.name))
+            if not left or (left >= before and not self._becomes_less(member, left)):
                 return
-            self._resync_task(member, patient=True)
-            before = owed or -math.inf
+            before = left
+
+    def _becomes_less(self, member: Member, owed: int) -> bool:
+        """Another process works it off, or may as soon as the member is connected anew."""
+        end = self._clock.boot() + self._roster.config.timeouts.generate
+        while self.resync.is_at_it(member) or self._roster.may_come(member):
+            if len(self._journal.owed(member.name)) < owed:
+                return True
+            if self._clock.boot() >= end:
+                return False
+            self._roster.wait_for_change(_LOOK, lambda: False)
+        return len(self._journal.owed(member.name)) < owed
 
     def _take(self, member: Member, timeout: float) -> bool:
         """Wait until no background task runs for the member, and be that task."""

@@ -4,6 +4,7 @@ while all clients go on living (G2, G3, G4, G6, G7)."""
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import pytest
 from hagroup.core.attributes import CKA, CKM, pack_bool, pack_ulong
 from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
-from hagroup.core.records import OwedKind
+from hagroup.core.records import Lease, Membership, OwedKind
 from hagroup.core.states import State
-from hagroup.engine import domain_keys, recent, verify, whole_token
+from hagroup.engine import domain_keys, recent, resync, verify, whole_token
 from hagroup.errors import GroupUnavailable, JournalUnavailable
 from tests.support.clients import AES_ECB, Client, Gate, Running, clients, everywhere
 from tests.support.groups import GroupFixture, make_group, wait_until
@@ -492,3 +493,71 @@ def test_changes_while_a_member_is_verified(
     run = verify._Run(a.journal, "hsm2", member.life, timeout=10.0)
     run.compare()
     assert (run.differences, run.unproven, run.strangers, run.proved) == ([], [], [], 3)
+
+
+def test_a_token_that_takes_longer_to_read_than_a_lease_lasts(
+    two: tuple[Client, Client], shared: GroupFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member with many objects behind a slow line would never be admitted: each attempt would lose its lease."""
+    a, b = two
+    uid = a.aes("key")
+    a.sync()
+    b.engine.supervisor.stop()  # so that it is the other one that does it
+    monkeypatch.setattr(resync, "LEASE", 1.0)
+    read, renewed = whole_token.replica.inventory, Counter[str]()
+    renew = a.journal.renew_lease
+
+    def counted(lease: Lease, *, ttl: float) -> Lease:
+        renewed[lease.name] += 1
+        return renew(lease, ttl=ttl)
+
+    def takes_long(connection: Any, **options: Any) -> Any:
+        so_far = renewed["resync/hsm2"]
+        wait_until(lambda: renewed["resync/hsm2"] >= so_far + 4, "more than a lease has passed", 20.0)
+        return read(connection, **options)
+
+    monkeypatch.setattr(a.journal, "renew_lease", counted)
+    monkeypatch.setattr(whole_token.replica, "inventory", takes_long)
+    a.journal.update_member("hsm2", membership=Membership.OUT_OF_SYNC, reason="it is looked at")
+    wait_until(lambda: a.engine.roster.members["hsm2"].state is State.RESYNCING, "it is looked at")
+    a.wait_serving()
+    assert a.use(uid)
+
+
+@pytest.mark.parametrize("worker", ["its own background", "another process"])
+def test_sync_waits_for_whoever_is_at_it(
+    two: tuple[Client, Client], shared: GroupFixture, monkeypatch: pytest.MonkeyPatch, worker: str
+) -> None:
+    """As long as that leaves less to do: on a large and slow token it takes longer than any call may."""
+    a, b = two
+    uids = [a.aes(f"key {number}") for number in range(3)]
+    a.sync()
+    at_it, idle = (a, b) if worker == "its own background" else (b, a)
+    idle.engine.supervisor.stop()
+    supervisor, working = a.engine.supervisor, at_it.engine.supervisor.resync
+    looked, seen = Counter[str](), 0
+    carry_out, take, is_at_it = working._carry_out, supervisor._take, supervisor.resync.is_at_it
+
+    def works(*arguments: Any) -> bool:
+        nonlocal seen
+        wait_until(lambda: looked["for it"] > seen + 1, "sync has looked, and found somebody at it")
+        seen = looked["for it"]
+        return carry_out(*arguments)
+
+    def looks(member: Any, timeout: float) -> bool:
+        looked["for it"] += timeout > 0
+        return take(member, min(timeout, 0.01))
+
+    def finds(member: Any) -> bool:
+        looked["for it"] += 1
+        return is_at_it(member)
+
+    monkeypatch.setattr(working, "_carry_out", works)
+    monkeypatch.setattr(supervisor, "_take", looks)
+    monkeypatch.setattr(supervisor.resync, "is_at_it", finds)
+    a.journal.owe([("hsm2", uid, OwedKind.INSTALL) for uid in uids])
+    at_it.engine.supervisor.wake()
+    wait_until(lambda: a.journal.lease_held("resync/hsm2"), "somebody is at it")
+    supervisor.sync_now()
+    assert not a.journal.owed("hsm2")
+    everywhere(shared, "key 0", "key 1", "key 2")

@@ -177,8 +177,8 @@ MUTATIONS = (
         "a token's own progress not read",
         "what was created since a token was saved is not looked for after it was put back (4.6)",
         "hagroup/engine/resync.py",
-        "        elif not life.proved_since_low and not self._prove_since_low(member, life):\n",
-        "        elif False:\n",
+        "        return life.proved_since_low or self._prove_since_low(member, life)",
+        "        return True",
         f"{GROUP}::test_history_that_once_broke[restored, created since]",
     ),
     Mutation(
