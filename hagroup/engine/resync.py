@@ -43,7 +43,8 @@ _ANOTHERS = 1.0
 """Seconds until rows that others work on are looked at again: an owner's death moves no view number."""
 _ROUNDS = 10
 _LOOK = 10.0
-"""Seconds between looks for workers of others that were cut off."""
+"""Seconds between looks for workers of others that were cut off; and until ghosts that somebody may be writing are
+looked at again."""
 
 
 class Resync:
@@ -59,12 +60,12 @@ class Resync:
         """Rows that did not go through: (boot time of the next try, the pause before it)."""
         self._nothing_due: dict[str, tuple[int, float]] = {}
         """At which view number nothing was due for a member, and until when (boot time) that holds by itself."""
-        self._haunted: set[str] = set()
-        """Members on which calls may have been cut off inside a write."""
+        self._haunted: dict[str, float] = {}
+        """Members on which calls may have been cut off inside a write: from when on (boot time) to look for that."""
         self._looked: dict[str, float] = {}
         """When (boot time) it was looked whether workers of others were."""
         self._in_flight = replicator.in_flight
-        roster.on_lost = lambda member: self._haunted.add(member.name)
+        roster.on_lost = self._cut_off
         self._recovery = Recovery(roster, view, journal, replicator)
 
     @property
@@ -108,13 +109,17 @@ class Resync:
             return False  # nothing moved since: reading all that is put off again would tell the same
         return bool(self.due(member))
 
+    def _cut_off(self, member: Member) -> None:
+        """Calls there may have been cut off."""
+        self._haunted[member.name] = 0.0
+
     def _is_haunted(self, member: Member) -> bool:
         now = self._clock.boot()
-        if member.name not in self._haunted and now - self._looked.get(member.name, -_LOOK) >= _LOOK:
+        if now - self._looked.get(member.name, -_LOOK) >= _LOOK:
             self._looked[member.name] = now
             if self._journal.cut_off(member.name):
-                self._haunted.add(member.name)
-        return member.name in self._haunted
+                self._haunted.setdefault(member.name, 0.0)
+        return self._haunted.get(member.name, math.inf) <= now
 
     def _put_off(self, row: OwedRow) -> None:
         _, pause = self._later.get((row.member, row.uid), (0.0, 0.0))
@@ -178,7 +183,7 @@ class Resync:
         if renewal.due(self._view, life):
             renewal.renew(self._journal, self._view, member, life, timeout=self._timeout)
         if membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
-            self._haunted.add(member.name)
+            self._cut_off(member)
             cleared.sweep(self._journal, self._view, member, life, timeout=self._timeout)
             return whole_token.owe_what_differs(self._roster, self._journal, member, life, timeout=self._timeout)
         return life.proved_since_low or self._prove_since_low(member, life)
@@ -249,7 +254,7 @@ class Resync:
         waiting = list(claimed)
         try:
             if any(self._over(member, row) for row in claimed):  # it left what it may have left: nothing more comes
-                self._haunted.add(member.name)
+                self._cut_off(member)
             self._sweep(member, life, [row.uid for row in claimed])
             while waiting and member.life is life:
                 if lease.expires - self._clock.boot() < LEASE / 2:
@@ -268,9 +273,11 @@ class Resync:
         if not self._is_haunted(member):
             return
         cut_off = self._journal.cut_off(member.name)
+        self._haunted.pop(member.name, None)  # before it is looked for: what is cut off meanwhile is not covered
         if ghosts.sweep(life.connection, self._journal, member.name, mine=mine, timeout=self._timeout):
-            self._haunted.discard(member.name)
             self._journal.forget_cut_off(cut_off)
+        else:
+            self._haunted[member.name] = self._clock.boot() + _LOOK
 
     def _carry_out(self, member: Member, life: Life, row: OwedRow, lease: Lease) -> bool:
         """One claimed row. True when it is finished (or nothing was to be done)."""

@@ -213,6 +213,26 @@ FOUND: dict[str, tuple[int, list[Step]]] = {
             ("set_label", 45731, 26907, 24039),
         ],
     ),
+    # a process that knew of a cut-off write went on as its own forked child, which had forgotten it
+    "ghost, forgotten in a fork": (
+        948557,
+        [
+            ("tick", 25057, 32075, 11014),
+            ("fault", 34123, 40526, 40309),
+            ("fault", 7348, 58204, 3221),
+            ("fault", 9602, 57307, 25425),
+            ("fault", 23655, 15479, 57433),
+            ("create", 55014, 14139, 10596),
+            ("intrude", 34759, 41327, 49507),
+            ("hang", 58920, 47316, 37802),
+            ("time", 3798, 43919, 42148),
+            ("create", 58579, 45125, 2142),
+            ("sign", 18812, 1718, 12908),
+            ("time", 46339, 55061, 18999),
+            ("destroy", 56523, 2724, 21962),
+            ("fork", 41024, 41472, 28692),
+        ],
+    ),
     # the ghost of a write that its own process lost track of stayed
     "ghost, lost track": (
         10206,

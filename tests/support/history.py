@@ -547,7 +547,9 @@ class History:
                 if simulation.clock.now - call.since < LATE_WINDOW:
                     member.run_late(0)
                 else:
-                    member.late.pop(0)
+                    member.late.pop(0).connection.came_back()
+            for call in member.late:
+                call.connection.came_back()
             member.late.clear()
             self._put_back(member)
             member.down = member.hung = member.token.full = False

@@ -10,7 +10,6 @@ What happens to a call is decided by ``SimMember.script`` at the moment of the c
 from __future__ import annotations
 
 import copy
-import fcntl
 import functools
 import hashlib
 import hmac
@@ -39,6 +38,7 @@ from hagroup.core.attributes import (
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle, Mechanism, MemberGone, SessionId, Template
 from hagroup.core.ckr import CKR
 from hagroup.members.api import MechanismInfo, ModuleInfo, TokenInfo
+from hagroup.members.lock import WorkerLock
 
 T = TypeVar("T")
 
@@ -191,6 +191,7 @@ class SimMember:
             call.action()
         except Ckr:
             pass
+        call.connection.came_back()
         return call
 
 
@@ -274,10 +275,7 @@ class SimConnection:
         self._sessions: set[SessionId] = set()
         self._session_objects: list[SimObject] = []
         self._streams: dict[SessionId, tuple[str, Mechanism, Handle, list[bytes | Handle]]] = {}
-        self._lock = -1
-        if lock_file is not None:
-            self._lock = os.open(lock_file, os.O_RDWR | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock = None if lock_file is None else WorkerLock(lock_file)
 
     # -- how calls go ------------------------------------------------------------------------------------------
     def _do(self, name: str, action: Callable[[], T], *, changes: bool = False, torn: Any = None) -> T:
@@ -301,13 +299,24 @@ class SimConnection:
             case Fate.GENERAL_ERROR:
                 raise Ckr(CKR.GENERAL_ERROR, name)
             case Fate.TORN if torn is not None and changes:
+                self._inside()
                 torn()
             case Fate.LATE if changes:
+                self._inside()
                 member.late.append(LateCall(name, member.now(), self, action))
         if fate in (Fate.HANGS, Fate.HANGS_AFTER, Fate.LATE):
             raise DeadlinePassed(f"{member.name}: {name} was not answered")
         self.kill()
         raise MemberGone(f"{member.name}: the connection ended in {name}", sent=fate is not Fate.UNSENT)
+
+    def _inside(self) -> None:
+        """A call that changes the token does not come back."""
+        if self._lock is not None:
+            self._lock.__enter__()
+
+    def came_back(self) -> None:
+        if self._lock is not None:
+            self._lock.__exit__()
 
     def _object(self, handle: Handle, error: CKR = CKR.OBJECT_HANDLE_INVALID) -> SimObject:
         item = self._handles.get(handle)
@@ -770,9 +779,8 @@ class SimConnection:
         self.member.connections.remove(self)
         if self.member.local:
             self.member.late = [call for call in self.member.late if call.connection is not self]
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        if self._lock is not None:
+            self._lock.release()
 
 
 # -- templates ---------------------------------------------------------------------------------------------------------
