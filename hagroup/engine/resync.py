@@ -274,10 +274,14 @@ class Resync:
             return
         cut_off = self._journal.cut_off(member.name)
         self._haunted.pop(member.name, None)  # before it is looked for: what is cut off meanwhile is not covered
-        if ghosts.sweep(life.connection, self._journal, member.name, mine=mine, timeout=self._timeout):
-            self._journal.forget_cut_off(cut_off)
-        else:
-            self._haunted[member.name] = self._clock.boot() + _LOOK
+        swept = False
+        try:
+            swept = ghosts.sweep(life.connection, self._journal, member.name, mine=mine, timeout=self._timeout)
+        finally:
+            if swept:
+                self._journal.forget_cut_off(cut_off)
+            else:
+                self._haunted.setdefault(member.name, self._clock.boot() + _LOOK)
 
     def _carry_out(self, member: Member, life: Life, row: OwedRow, lease: Lease) -> bool:
         """One claimed row. True when it is finished (or nothing was to be done)."""
