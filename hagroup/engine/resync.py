@@ -158,9 +158,10 @@ class Resync:
     def _under_lease(self, member: Member, life: Life, lease: Lease) -> bool:
         record = self._view.members[member.name]
         looked_at = record.membership, record.since, self._view.group.epoch
-        with held(self._journal, lease, ttl=LEASE):
-            if not self._look(member, life, record.membership):
-                return False
+        if record.membership is not Membership.ADMITTED or not life.proved_since_low or renewal.due(self._view, life):
+            with held(self._journal, lease, ttl=LEASE):
+                if not self._look(member, life, record.membership):
+                    return False
         life.proved_since_low = True
         for _ in range(_ROUNDS):
             barrier = self._journal.barrier()
@@ -231,8 +232,9 @@ class Resync:
         order = {OwedKind.DESTROY: 0, OwedKind.INSTALL: 1, OwedKind.SET: 2}
         rows = sorted(self.due(member), key=lambda row: (order[row.kind], row.change))
         self._replicator.own_up(rows)
-        with held(self._journal, lease, ttl=LEASE):
-            self._sweep(member, life)
+        if self._is_haunted(member):
+            with held(self._journal, lease, ttl=LEASE):
+                self._sweep(member, life)
         for start in range(0, len(rows), BATCH):
             batch = self._in_flight.take((row.member, row.uid) for row in rows[start : start + BATCH])
             try:
