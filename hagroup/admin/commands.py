@@ -24,7 +24,7 @@ from hagroup.engine import status as group_status
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.login import APPLICATION, log_in
 from hagroup.engine.member import Life, Member
-from hagroup.engine.roster import open_life
+from hagroup.engine.opening import open_life
 from hagroup.errors import ConfigurationError, GroupUnavailable, JournalUnavailable
 from hagroup.journal import Journal, open_journal
 from hagroup.journal.clock import SystemClock

@@ -12,7 +12,8 @@ from hagroup.core.ckr import CKR
 from hagroup.core.states import State
 from hagroup.engine.login import APPLICATION, CKU_SO, CKU_USER, PIN_ERRORS, last_logins, log_in, record_stale
 from hagroup.engine.member import Life, Member
-from hagroup.engine.roster import CONNECTION_LOST, PIN_CHANGED, Roster, open_life
+from hagroup.engine.opening import CONNECTION_LOST, open_life
+from hagroup.engine.roster import PIN_CHANGED, Roster
 from hagroup.errors import DomainMismatch, GroupUnavailable, HAError, MemberQuarantined, NotOnGroup, OutcomeUnknown
 from hagroup.members import ModuleProblem
 

@@ -21,8 +21,8 @@ from hagroup.engine.domain import seal, seal_private_data
 from hagroup.engine.domain_keys import scratch_session
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.member import Life, Member
+from hagroup.engine.opening import CONNECTION_LOST
 from hagroup.engine.proof import fingerprint
-from hagroup.engine.roster import CONNECTION_LOST
 from hagroup.engine.token_contents import InventoryEntry
 from hagroup.engine.verify import strangers
 from hagroup.errors import HAError

@@ -15,7 +15,8 @@ from hagroup.core.calls import Ckr, DeadlinePassed, Handle, StaleGeneration
 from hagroup.core.ckr import CKR
 from hagroup.core.classify import Verdict, classify
 from hagroup.engine.member import Life, Member, Missing, Usable
-from hagroup.engine.roster import CONNECTION_LOST, Roster
+from hagroup.engine.opening import CONNECTION_LOST
+from hagroup.engine.roster import Roster
 from hagroup.errors import CallTimeout, GroupUnavailable, JournalUnavailable
 
 T = TypeVar("T")
@@ -56,14 +57,14 @@ class Caller:
         :raises CallTimeout: two members died or hung in it.
         """
         attempt: _Attempt | None = None  # most calls succeed where their thread was before, and need none
-        member = None if need_keys or making or only is not None else self._roster.stay(objects)
+        member = None if need_keys or making or only is not None else self._roster.choosing.stay(objects)
         while True:
             if member is None:
                 attempt = attempt or self._begin(objects, need_keys=need_keys, only=only, making=making)
                 member = attempt.next_member()
             life = member.life
             if life is None:  # it failed between being chosen and now
-                self._roster.done(member)
+                self._roster.choosing.done(member)
                 member = None
                 continue
             again: Ckr | None = None
@@ -92,7 +93,7 @@ class Caller:
                             item.missing(member)
                         attempt.not_there(member)
             finally:
-                self._roster.done(member)
+                self._roster.choosing.done(member)
             if again is not None:
                 attempt = attempt or self._begin(objects, need_keys=need_keys, only=only, making=making)
                 authenticate = any(item.always_authenticate for item in objects)
@@ -147,7 +148,7 @@ class _Attempt:
     def next_member(self) -> Member:
         while True:
             candidates = [member for member in self._roster.members.values() if self._can(member)]
-            member = self._roster.pick(candidates, making=self._making) if candidates else None
+            member = self._roster.choosing.pick(candidates, making=self._making) if candidates else None
             if member is not None:
                 return member
             self._none_left()
@@ -157,7 +158,7 @@ class _Attempt:
             return False
         if self._only is not None and member is not self._only:
             return False
-        if self._need_keys and not self._roster.usable_keys(member):
+        if self._need_keys and not self._roster.keys.usable(member):
             return False
         return all(item.on(member) for item in self._objects)
 
@@ -279,7 +280,7 @@ class _Attempt:
                 for item in self._objects:
                     item.suspect_replica(member)
         elif not self._objects and life.keys is not None:  # a handle that stays stale, and is none of an object
-            self._roster.check_domain(member, life)
+            self._roster.keys.check(member, life)
         else:
             for item in self._objects:
                 item.missing(member)

@@ -21,7 +21,8 @@ from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.records import GroupRecord, MemberRecord
 from hagroup.engine.kept import Kept
 from hagroup.engine.member import Life, Member
-from hagroup.engine.roster import CONNECTION_LOST, Roster
+from hagroup.engine.opening import CONNECTION_LOST
+from hagroup.engine.roster import Roster
 from hagroup.engine.view import View
 from hagroup.errors import ConfigurationError
 from hagroup.journal.api import Journal
@@ -144,7 +145,7 @@ class Keeper:
             for member in self._roster.members.values()
             if member.life is not None
             and (insist or member.life.configuration != known)
-            and self._roster.usable_keys(member)
+            and self._roster.keys.usable(member)
         ]
         if not waiting:
             return

@@ -22,8 +22,8 @@ from hagroup.engine import replica
 from hagroup.engine.domain import reseal, seal, seal_private_data
 from hagroup.engine.member import Life, Member, Missing
 from hagroup.engine.objects import SessionObject, TokenObject
+from hagroup.engine.opening import CONNECTION_LOST
 from hagroup.engine.proof import fingerprint
-from hagroup.engine.roster import CONNECTION_LOST
 from hagroup.errors import GroupUnavailable, NotReplicable
 
 if TYPE_CHECKING:

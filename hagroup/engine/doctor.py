@@ -22,7 +22,7 @@ from hagroup.core.records import LoginState, Membership
 from hagroup.engine import consistency
 from hagroup.engine.login import pin_trouble
 from hagroup.engine.member import Life
-from hagroup.engine.roster import CONNECTION_LOST, open_life
+from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.setup import NEEDED
 from hagroup.errors import HAError
 from hagroup.journal import Journal, open_journal

@@ -17,7 +17,7 @@ from hagroup.engine.group import GroupEngine
 from hagroup.engine.joining import import_domain, join_domain
 from hagroup.engine.login import log_in
 from hagroup.engine.member import Life, Member
-from hagroup.engine.roster import open_life
+from hagroup.engine.opening import open_life
 from hagroup.engine.setup import officer_of
 from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable
 

@@ -189,7 +189,7 @@ def _receivers(
 
 def _all_know(group: GroupEngine) -> bool:
     group.follow()
-    return bool(_present(group)) and all(group.roster.usable_keys(member) for member, _, _ in _present(group))
+    return bool(_present(group)) and all(group.roster.keys.usable(member) for member, _, _ in _present(group))
 
 
 def _wait(group: GroupEngine, condition: Callable[[], bool], why_not: str) -> None:

@@ -92,7 +92,7 @@ class GroupEngine:
         self._unusable: str | None = None
         """Why this process, forked from the one that opened the group, cannot use it."""
         self.roster.wake = self.supervisor.wake
-        self.roster.on_new_keys = self._seal_session_objects_anew
+        self.roster.keys.on_new_keys = self._seal_session_objects_anew
         _groups.add(self)
         if supervised:
             self.supervisor.start()

@@ -22,7 +22,7 @@ from hagroup.engine.group import GroupEngine
 from hagroup.engine.login import log_in
 from hagroup.engine.member import Life, Member
 from hagroup.engine.membership import NOT_CHANGED, listed, only_there, others_serve
-from hagroup.engine.roster import CONNECTION_LOST, open_life
+from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.token_contents import InventoryEntry, inventory
 from hagroup.errors import ConfigurationError, HAError
 from hagroup.journal.api import Journal

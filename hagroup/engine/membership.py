@@ -28,7 +28,7 @@ from hagroup.engine.group import GroupEngine
 from hagroup.engine.joining import drop, join_domain
 from hagroup.engine.login import CKU_USER, PIN_ERRORS
 from hagroup.engine.member import Life, Member
-from hagroup.engine.roster import CONNECTION_LOST, open_life
+from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.setup import NEEDED, default_extractable, held_keys, officer_of
 from hagroup.engine.token_contents import inventory
 from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable, HAError, MemberQuarantined

@@ -41,7 +41,7 @@ from hagroup.engine.domain_keys import DomainKeys
 from hagroup.engine.login import CKU_USER, PIN_ERRORS
 from hagroup.engine.manifest import Manifest
 from hagroup.engine.member import Life
-from hagroup.engine.roster import CONNECTION_LOST, open_life
+from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.setup import default_extractable, held_keys
 from hagroup.engine.stored_records import stored_records
 from hagroup.engine.token_contents import inventory

@@ -20,8 +20,9 @@ from hagroup.core.records import Attempt, Fingerprint, Lease, Locator, ObjectRec
 from hagroup.engine import manifest, replica
 from hagroup.engine.in_flight import InFlight
 from hagroup.engine.member import Life, Member
+from hagroup.engine.opening import CONNECTION_LOST
 from hagroup.engine.proof import Proof, prove
-from hagroup.engine.roster import CONNECTION_LOST, Roster
+from hagroup.engine.roster import Roster
 from hagroup.engine.stored_records import drop_records, store_record
 from hagroup.engine.twins import Occupied, destroyable, others_at
 from hagroup.engine.view import View
@@ -248,7 +249,7 @@ class Replicator:
             if verdict is Verdict.QUARANTINE:
                 self._roster.quarantine(member, str(error))
             elif verdict is Verdict.STALE_HANDLE:
-                self._roster.check_domain(member, life)
+                self._roster.keys.check(member, life)
             elif verdict is not Verdict.AMBIGUOUS:
                 self._roster.lost(member, life, str(error))
             return True

@@ -39,7 +39,7 @@ class Replication:
         """Members that can be asked now, nearest first."""
         found = [(m, m.life) for m in self._roster.members.values() if m.serving and m.life is not None]
         return sorted(
-            [(member, life) for member, life in found if self._roster.usable_keys(member)],
+            [(member, life) for member, life in found if self._roster.keys.usable(member)],
             key=lambda item: item[0].rank,
         )
 
@@ -185,7 +185,7 @@ class Replication:
         try:
             result = self._group.replicator.install(member, life, records)
             if result.outcome is Outcome.CONFIRMED:
-                self._roster.took(member, self._roster.clock.boot() - begun)
+                self._roster.choosing.took(member, self._roster.clock.boot() - begun)
             return result
         except Exception as error:
             log.warning("replica.failed", member=member.name, error=str(error))

@@ -26,9 +26,10 @@ from hagroup.core.states import Event, State
 from hagroup.engine import cleared, ghosts, manifest, recent, renewal, whole_token
 from hagroup.engine.held_lease import held
 from hagroup.engine.member import Life, Member
+from hagroup.engine.opening import CONNECTION_LOST
 from hagroup.engine.recovery import Recovery
 from hagroup.engine.replicate import Outcome, Replicator, Result
-from hagroup.engine.roster import CONNECTION_LOST, Roster
+from hagroup.engine.roster import Roster
 from hagroup.engine.view import View
 from hagroup.errors import JournalMismatch
 from hagroup.journal.api import Journal, LeaseLost, StaleMembership
@@ -133,7 +134,7 @@ class Resync:
         True: nothing that could be done now is left. False: another process does it, or the member failed.
         """
         life = member.life
-        if life is None or not self._roster.usable_keys(member) or self._roster.journal_behind() is not None:
+        if life is None or not self._roster.keys.usable(member) or self._roster.journal_behind() is not None:
             return False
         lease = self._journal.acquire_lease(_lease(member), ttl=LEASE)
         if lease is None:

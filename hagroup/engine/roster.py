@@ -1,4 +1,4 @@
-"""The members of this process: connecting, failing, probing, choosing. Every change of a member's state is here."""
+"""The members of this process: connecting, failing, probing. Every change of a member's state is here."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,31 +17,28 @@ from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig, MemberConfig
 from hagroup.config.pins import Pin
 from hagroup.core.attributes import CKA
-from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone, StaleGeneration, WorkerFault
+from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.ckr import CKR
 from hagroup.core.clock import Clock
-from hagroup.core.pace import Paces
 from hagroup.core.records import MemberRecord, Membership, Observation, Role
-from hagroup.core.selection import choose, rank
+from hagroup.core.selection import rank
 from hagroup.core.states import Event, State
-from hagroup.engine import head_start, holding, manifest
-from hagroup.engine.domain_keys import DomainKeys, KeysMissing
+from hagroup.engine import head_start, manifest
+from hagroup.engine.choosing import Choosing
+from hagroup.engine.key_search import KeySearch
 from hagroup.engine.lanes import Lanes
 from hagroup.engine.login import APPLICATION, PIN_ERRORS, LoginHeld, PinStore, last_logins, log_in
-from hagroup.engine.member import Life, Member, Usable
+from hagroup.engine.member import Life, Member
+from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.view import View
 from hagroup.errors import ConfigurationError, DomainMismatch, HAError, JournalUnavailable, MemberQuarantined
 from hagroup.journal.api import Journal
-from hagroup.members import ConnectionSettings, ModuleProblem, open_connection
-from hagroup.members.api import Connection
+from hagroup.members import ModuleProblem
 
 log = get_logger(__name__)
 
 T = TypeVar("T")
 
-CONNECTION_LOST = (MemberGone, WorkerFault, StaleGeneration)
-START_TIMEOUT = 15.0
-"""Seconds for a worker to start and its module to initialise (SoftHSM: 0.36 s with 10,000 objects)."""
 CLOSE_GRACE = 5.0
 """Seconds that the end of a process waits for what it does in the background."""
 GENERATIONS = 1_000_000
@@ -60,34 +56,6 @@ _MISSED_LATELY = 60.0
 _MOST_MISSED = 1000
 PIN_CHANGED = "pin changed"
 """Kind of the event that tells other processes that the PIN they hold is an old one."""
-
-
-def open_life(
-    config: MemberConfig, journal: Journal | None, *, generation: int, timeout: float, serial: str | None = None
-) -> Life:
-    """Start a member's module (worker process or copy in this process) and read what it is.
-
-    :param journal: gives the lock by which others can prove the worker dead; None while there is no group yet.
-    """
-    worker, lock_file = (None, None) if journal is None else journal.worker_lock(config.name)
-    settings = ConnectionSettings(
-        name=config.name,
-        module=str(config.module),
-        env=dict(config.env),
-        token_serial=config.token_serial or serial,
-        token_label=None if config.token_serial or serial else config.token_label,
-        init_args=config.init_args,
-        lock_file=lock_file,
-    )
-    connection: Connection = open_connection(
-        settings, generation=generation, isolation=config.isolation, timeout=START_TIMEOUT
-    )
-    try:
-        token = connection.token_info(timeout=timeout)
-        return Life(connection, worker, token, connection.mechanisms(timeout=timeout))
-    except BaseException:
-        connection.kill()
-        raise
 
 
 def thread_pool() -> Executor:
@@ -121,26 +89,20 @@ class Roster:
         self.tasks = self._workers()
         self._running: set[Future[Any]] = set()
         self.lanes = Lanes(self.run)
-        self._paces = Paces()
         self._lock = threading.RLock()
+        self.choosing = Choosing(self._lock, clock, config.timeouts)
         self.changed = threading.Condition(self._lock)
         """Notified at every change of a member's state."""
         self.on_lost: Callable[[Member], None] = lambda member: None
-        self.on_new_keys: Callable[[], None] = lambda: None
-        """The domain's keys were changed, and are known on one more member."""
-        self._rotation = view.group.rotation
         self.wake: Callable[[], None] = lambda: None
         self.pause_before: Callable[[int], float] = lambda failures: _BACKOFF[min(failures, len(_BACKOFF) - 1)]
         """Seconds before a connection attempt after so many failed ones; the watchdog has its own."""
         self._generation = 0
-        self._level = False
-        """No member is preferred to another by role, site or priority."""
-        self._uses = 0
         self.followed = -1
         """The members are as the view was when it had moved so often."""
-        self._here = threading.local()
         self._closed = False
-        self._head_start = head_start.HeadStart()
+        self.head_start = head_start.HeadStart()
+        self.keys = KeySearch(self)
         view.dropped = self._forget_handles
         self.follow_journal()
         if one_first:
@@ -152,16 +114,16 @@ class Roster:
         one = head_start.first(members, logins, seen, os.getpid())
         if one is not None:
             others = [member for member in members if member is not one]
-            self._head_start.give(one, others, self.clock.boot())
+            self.head_start.give(one, others, self.clock.boot())
 
     def all_had_a_turn(self) -> None:
         """What concerns all members waits, for a moment, until those that were not connected first had their turn."""
-        if self._head_start.waiting:
+        if self.head_start.waiting:
             with self.changed:
-                self._head_start.hurry()
+                self.head_start.hurry()
             self.wake()
-            self.wait_for_change(head_start.FIRST_TURN, lambda: not self._head_start.waiting)
-            self._head_start.waiting.clear()  # that was the moment
+            self.wait_for_change(head_start.FIRST_TURN, lambda: not self.head_start.waiting)
+            self.head_start.waiting.clear()  # that was the moment
 
     def _forget_handles(self, uids: Collection[bytes] | None) -> None:
         """What moved in the journal may have been made anew on a member: its handle there may be another key's."""
@@ -198,11 +160,11 @@ class Roster:
                 self._apply(member, record)
             gone = [member for name, member in self.members.items() if name not in members]
             self.members = members  # anew: other threads go through the old one without a lock
-            self._level = len({(one.standby, one.rank) for one in members.values()}) < 2
+            self.choosing.among(members)
             self.followed = moved  # not before: no other thread goes on with what was
             for member in gone:
                 self._end(member)
-            self._heed_rotation()
+            self.keys.heed_rotation()
             self.changed.notify_all()
 
     def _configured(self) -> dict[str, MemberConfig]:
@@ -246,70 +208,8 @@ class Roster:
         return next((one.journal_behind for one in self.members.values() if one.journal_behind is not None), None)
 
     # -- choosing ------------------------------------------------------------------------------------------
-    def stay(self, objects: Sequence[Usable]) -> Member | None:
-        """The member where the calling thread was, if nothing can be better: none is preferred to others, and none has
-        fewer outstanding calls.
-
-        What :func:`choose` would say, without asking who of the others has the objects: the path of nearly every call.
-        """
-        last: Member | None = getattr(self._here, "last", None)
-        if last is None or last.rests or not self._level or not last.serving:
-            return None
-        for item in objects:
-            if not item.on(last):
-                return None
-        with self._lock:  # that of `changed`, taken without its Python code
-            load = last.outstanding
-            if load:  # an idle one need not be compared
-                for member in self.members.values():
-                    if member.outstanding < load and member.serving:
-                        return None
-            last.outstanding += 1
-            self._uses += 1
-            last.last_used = self._uses
-        return last
-
     def serving(self) -> list[Member]:
         return [member for member in self.members.values() if member.serving]
-
-    def pick(self, candidates: list[Member], *, making: bool = False) -> Member | None:
-        """Choose, and count the call as outstanding there; give it back with :meth:`done`.
-
-        :param making: for the many calls of making an object: a slow member gets them only where the wait for the
-            others would be longer.
-        """
-        last: Member | None = getattr(self._here, "last", None)
-        with self._lock:
-            rested = self._rested(candidates)
-            member = choose(rested, last, self._time_for_making()) if making else choose(rested, last)
-            if member is not None:
-                if member.rests:  # this call is its trial; until it answered, the others go elsewhere
-                    member.rest_until = self.clock.boot() + self.config.timeouts.call + self.config.timeouts.probe
-                member.outstanding += 1
-                self._uses += 1
-                member.last_used = self._uses
-        self._here.last = member
-        return member
-
-    def _time_for_making(self) -> Callable[[Member], float]:
-        now = self.clock.boot()
-        return lambda member: (member.outstanding + 1) * self._paces.slower(member.name, now)
-
-    def took(self, member: Member, seconds: float) -> None:
-        """This member took new objects, that all were asked to take, in so many seconds."""
-        with self._lock:
-            self._paces.told(member.name, seconds, self.clock.boot())
-
-    def _rested(self, candidates: list[Member]) -> list[Member]:
-        """Without those that answered a probe but not a call, for a growing while: each call there may be a stall."""
-        if not any(member.rests for member in candidates):
-            return candidates
-        now = self.clock.boot()
-        return [member for member in candidates if member.rest_until <= now] or candidates
-
-    def done(self, member: Member) -> None:
-        with self._lock:
-            member.outstanding -= 1
 
     def wait_for_change(self, timeout: float, unless: Callable[[], bool]) -> bool:
         """Wait until a member's state changes so that ``unless`` holds. False: it did not in ``timeout`` seconds."""
@@ -341,7 +241,7 @@ class Roster:
             now = self.clock.boot()
             member.failures = member.failures + 1 if now - member.entered < _SHORT_LIFE else 0
             member.next_attempt = now + self.pause_before(member.failures)
-            self._head_start.failed(member)
+            self.head_start.failed(member)
             self.changed.notify_all()
         log.warning("member.failed", member=member.name, reason=why)
         self.submit(self._kill_when_idle, member, life)
@@ -378,15 +278,6 @@ class Roster:
         self.submit(life.connection.close)
         self.wake()
         return True
-
-    def check_domain(self, member: Member, life: Life) -> None:
-        """A handle is none. It may be that of a domain key (the member was joined to the domain anew): they are looked
-        for again."""
-        with self.changed:
-            if life.keys is None or member.learning:
-                return
-            member.learning = True
-        self._learn_anew(member, life)
 
     def bury_the_dead(self) -> None:
         """A worker that died while nobody called it is noticed all the same."""
@@ -536,11 +427,11 @@ class Roster:
         finally:
             with self.changed:
                 member.busy = False
-                self._head_start.waiting.discard(member.name)
+                self.head_start.waiting.discard(member.name)
                 if member.life is None:
-                    self._head_start.failed(member)
+                    self.head_start.failed(member)
                 elif member.life.keys is not None:  # else it waits for the application's PIN
-                    self._head_start.served(member, self.clock.boot())
+                    self.head_start.served(member, self.clock.boot())
                 self.changed.notify_all()
             self.wake()
         return member.life is not None
@@ -611,7 +502,7 @@ class Roster:
             what = "PIN differs" if error.rv == CKR.PIN_INCORRECT else "PIN refused"
             raise MemberQuarantined(f'member "{member.name}": {what} ({source}): {error}') from error
         self.pins.accepted(member.name, pin, application=source == APPLICATION)
-        self.find_keys(member, life)
+        self.keys.find(member, life)
 
     def heed_pin_changes(self) -> None:
         """Another process changed the PIN on all members: what is held here is not right any more."""
@@ -632,82 +523,7 @@ class Roster:
         timeout = self.config.timeouts.call
         log_in(self.journal, member, life, pin, APPLICATION, "", automatic=False, timeout=timeout)
         self.pins.accepted(member.name, pin, application=True)
-        self.find_keys(member, life)
-
-    def find_keys(self, member: Member, life: Life) -> None:
-        """After a login: the domain's keys, proved by the member (G9), and what its manifest says (DESIGN.md 4.6)."""
-        timeout = self.config.timeouts.call
-        reading: list[Future[manifest.Manifest | None]] = []
-
-        def read_already(keys: DomainKeys) -> None:
-            reading.append(self.run(partial(manifest.read, life.connection, keys, timeout=timeout)))
-
-        try:
-            begun = self.clock.boot()
-            life.keys = self._learn(member, life, read_already)
-            with self._lock:
-                self._paces.proved(member.name, self.clock.boot() - begun)
-            shown = reading[0].result() if reading else None  # believed only now that the keys were proved
-            manifest.check(self.journal, self.view, member, life, timeout=timeout, shown=shown)
-        except BaseException as error:
-            life.keys = None
-            self.lost(member, life, str(error))  # it is logged in, and must not serve by that
-            raise
-        # The check may just have taken its admission away.
-        self.view.refresh()
-        self.follow_journal()
-        if member.life is life:
-            with self.changed:
-                self._head_start.served(member, self.clock.boot())
-            self.wake()
-
-    def _learn(self, member: Member, life: Life, found: Callable[[DomainKeys], None] | None = None) -> DomainKeys:
-        group, record = self.view.group, self.view.members[member.name]
-        timeout = self.config.timeouts.generate
-        wrap = member.config.wrap_mechanism
-        try:
-            keys = holding.learn(self.journal, group, record, wrap, life.connection, timeout=timeout, found=found)
-        except KeysMissing as error:
-            before, member.keyless = member.keyless, life
-            if before in (None, life):  # a token that is just going away has nothing: believed of the next life
-                raise MemberGone(f"{error} (it is looked for again)", sent=False) from error
-            raise
-        member.keyless = None
-        return keys
-
-    def usable_keys(self, member: Member) -> bool:
-        """Whether this process has the keys on this member under which everything new is sealed."""
-        life = member.life
-        return life is not None and holding.current(life.keys, self.view.group)
-
-    def _heed_rotation(self) -> None:
-        """The domain's keys were changed: look for the new ones on every connected member, without stopping it."""
-        rotation = self.view.group.rotation
-        if rotation != self._rotation:
-            self._rotation = rotation
-            self.submit(self.on_new_keys)
-        for member in self.members.values():
-            life = member.life
-            if life is None or life.keys is None or member.learning or holding.current(life.keys, self.view.group):
-                continue
-            member.learning = True
-            self.submit(self._learn_anew, member, life)
-
-    def _learn_anew(self, member: Member, life: Life) -> None:
-        try:
-            keys = self._learn(member, life)
-            with self.changed:
-                if member.life is life:
-                    life.keys = keys
-        except DomainMismatch as error:
-            self.quarantine(member, str(error))
-        except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
-            self.lost(member, life, str(error))
-        finally:
-            with self.changed:
-                member.learning = False
-                self.changed.notify_all()
-        self.on_new_keys()
+        self.keys.find(member, life)
 
     # -- background ----------------------------------------------------------------------------------------
     def renew_after_fork(self) -> None:
@@ -717,8 +533,8 @@ class Roster:
         self.tasks = self._workers()
         self._running = set()
         self.lanes.renew_after_fork()
-        self._head_start.renew_after_fork()
-        self._here = threading.local()
+        self.head_start.renew_after_fork()
+        self.choosing.renew_after_fork(self._lock)
         self.pins.renew_after_fork()
         for member in self.members.values():
             member.renew_after_fork()

@@ -18,7 +18,7 @@ from hagroup.engine.domain_keys import find_domain
 from hagroup.engine.login import APPLICATION, log_in
 from hagroup.engine.manifest import Manifest
 from hagroup.engine.member import Member
-from hagroup.engine.roster import CONNECTION_LOST, open_life
+from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.errors import HAError
 from hagroup.journal.api import Journal
 from hagroup.members import ModuleProblem

@@ -21,7 +21,8 @@ from hagroup.engine import manifest
 from hagroup.engine.consistency import open_findings
 from hagroup.engine.domain_keys import DomainKeys, IntegrityAlarm, open_data, seal_data
 from hagroup.engine.member import Life
-from hagroup.engine.roster import CONNECTION_LOST, Roster
+from hagroup.engine.opening import CONNECTION_LOST
+from hagroup.engine.roster import Roster
 from hagroup.engine.view import View
 from hagroup.errors import JournalUnavailable
 from hagroup.journal.api import Journal, LeaseLost

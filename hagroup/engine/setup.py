@@ -25,7 +25,7 @@ from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
 from hagroup.engine.joining import drop, generate_domain, join_domain
 from hagroup.engine.login import CKU_SO, CKU_USER, PIN_ERRORS
 from hagroup.engine.member import Life
-from hagroup.engine.roster import CONNECTION_LOST, open_life
+from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.shares import random_secrets
 from hagroup.engine.token_contents import inventory
 from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable, HAError

@@ -15,7 +15,7 @@ from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.records import Event, MemberRecord, Membership, OwedKind, OwedRow
 from hagroup.core.watch import detection_bound
 from hagroup.engine.login import pin_trouble
-from hagroup.engine.roster import CONNECTION_LOST, open_life
+from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.verify import RECENT, UNMANAGED_COUNTED, unmanaged_counted
 from hagroup.errors import HAError
 from hagroup.journal.api import Journal

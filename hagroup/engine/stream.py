@@ -9,7 +9,8 @@ from hagroup.core.ckr import CKR
 from hagroup.core.classify import Verdict, classify
 from hagroup.engine.calls import Caller
 from hagroup.engine.member import Life, Member, Missing, Usable
-from hagroup.engine.roster import CONNECTION_LOST, Roster
+from hagroup.engine.opening import CONNECTION_LOST
+from hagroup.engine.roster import Roster
 from hagroup.errors import CallTimeout, StreamTooLong
 
 _MOST_FAILURES = 2
@@ -76,7 +77,7 @@ class GroupStream:
 
     def _leave(self) -> None:
         if self._member is not None:
-            self._roster.done(self._member)
+            self._roster.choosing.done(self._member)
             self._member = None
 
     def update(self, data: bytes) -> bytes:

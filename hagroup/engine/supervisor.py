@@ -18,9 +18,10 @@ from hagroup.core.states import State
 from hagroup.engine import recent
 from hagroup.engine.configuration import Keeper
 from hagroup.engine.member import Life, Member
+from hagroup.engine.opening import START_TIMEOUT
 from hagroup.engine.replicate import Replicator
 from hagroup.engine.resync import Resync
-from hagroup.engine.roster import START_TIMEOUT, Roster
+from hagroup.engine.roster import Roster
 from hagroup.engine.sealing import Sealer
 from hagroup.engine.view import View
 from hagroup.errors import JournalUnavailable

@@ -23,8 +23,8 @@ from hagroup.engine import holding, proof, replica
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.login import APPLICATION, PIN_ERRORS, log_in
 from hagroup.engine.member import Life, Member
+from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.proof import Proof
-from hagroup.engine.roster import CONNECTION_LOST, open_life
 from hagroup.engine.token_contents import InventoryEntry, inventory
 from hagroup.errors import HAError
 from hagroup.journal.api import Journal

@@ -16,7 +16,7 @@ from hagroup.core.states import State
 from hagroup.core.watch import ALARMS, Noted, Seen, Sight, Told
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.member import Life, Member
-from hagroup.engine.roster import CONNECTION_LOST
+from hagroup.engine.opening import CONNECTION_LOST
 from hagroup.engine.status import owed_by_member
 from hagroup.journal.api import Journal
 from hagroup.watchdog.signing import Signing

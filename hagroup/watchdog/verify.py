@@ -14,7 +14,7 @@ from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.records import ObjectState
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.member import Life, Member
-from hagroup.engine.roster import CONNECTION_LOST
+from hagroup.engine.opening import CONNECTION_LOST
 from hagroup.errors import HAError
 
 log = get_logger(__name__)

@@ -17,7 +17,7 @@ import pytest
 
 from hagroup import Attribute, KeyType, ObjectClass
 from hagroup.engine import manifest
-from hagroup.engine.roster import CONNECTION_LOST
+from hagroup.engine.opening import CONNECTION_LOST
 from tests.faults.test_changes import VICTIM, change_label, create, destroy, generate
 from tests.support.faulty import FaultGroup, engine
 from tests.support.killpoint import Killpoint

@@ -88,7 +88,7 @@ def test_reinitialising_one_does_not_disturb_the_other(pair: GroupFixture, sessi
     roster = engine(session).roster
     key = session.generate_key(KeyType.AES, 256, store=True, label="stream")
     whole = key.encrypt(b"0123456789abcdef" * 6, mechanism_param=IV)
-    roster._here.last = roster.members["hsm1"]
+    roster.choosing.here.last = roster.members["hsm1"]
     chunks = iter([b"0123456789abcdef"] * 6)
 
     def feed() -> Iterator[bytes]:

@@ -152,15 +152,16 @@ MUTATIONS = (
     Mutation(
         "manifest not read at connect",
         "a token that was restored, or a journal that is behind, is not noticed (4.6)",
-        "hagroup/engine/roster.py",
-        "            manifest.check(self.journal, self.view, member, life, timeout=timeout, shown=shown)\n",
+        "hagroup/engine/key_search.py",
+        "            manifest.check(self._roster.journal, self._roster.view, member, "
+        "life, timeout=timeout, shown=shown)\n",
         "",
         f"{PROTOCOL}::test_a_journal_that_is_behind_changes_nothing",
     ),
     Mutation(
         "a slow member makes keys, too",
         "whoever makes a key there waits ten times as long, while quick members stand idle",
-        "hagroup/engine/roster.py",
+        "hagroup/engine/choosing.py",
         "choose(rested, last, self._time_for_making()) if making else choose(rested, last)",
         "choose(rested, last)",
         "tests/scenarios/test_3_4_11_slow_member.py::test_no_key_is_made_on_it",

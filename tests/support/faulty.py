@@ -72,8 +72,8 @@ class FaultGroup:
     def prefer(session: Any, name: str) -> None:
         """This thread's next call goes to this member, if that is as good as others."""
         roster = engine(session).roster
-        roster._here.last = roster.members[name]
-        roster._paces = Paces()  # one that just failed may be the slowest
+        roster.choosing.here.last = roster.members[name]
+        roster.choosing.paces = Paces()  # one that just failed may be the slowest
 
     @staticmethod
     def in_use(session: Any) -> str:

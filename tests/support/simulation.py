@@ -24,7 +24,7 @@ from hagroup.config.model import GroupConfig, GroupSection, JournalSection, Memb
 from hagroup.core.attributes import CKA, CKK, CKO, pack_bool, pack_ulong
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone, Template
 from hagroup.core.records import MemberRecord, Membership, Role
-from hagroup.engine import calls, manifest, roster
+from hagroup.engine import calls, manifest, opening
 from hagroup.engine.challenge import reference_envelope
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, find_domain
 from hagroup.engine.group import GroupEngine
@@ -313,7 +313,7 @@ class Simulation:
                 (calls, "time", time),
                 (tenacity.nap, "time", time),
                 (tenacity, "time", time),
-                (roster, "open_connection", self._open),
+                (opening, "open_connection", self._open),
             ):
                 stack.callback(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, value)

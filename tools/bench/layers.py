@@ -32,7 +32,7 @@ def layers(session: Any, isolation: str) -> dict[str, Call]:
     engine = session.engine
     group = engine._group
     key.sign(digest, mechanism=Mechanism.ECDSA)
-    member = group.roster._here.last
+    member = group.roster.choosing.here.last
     life = member.life
     handle: Handle = life.handles[key.uid]
     connection = life.connection
