@@ -149,10 +149,18 @@ def install_session(
 
 
 def install(
-    connection: Connection, keys: DomainKeys, record: ObjectRecord, *, timeout: float, with_record: bool
+    connection: Connection,
+    keys: DomainKeys,
+    record: ObjectRecord,
+    *,
+    timeout: float,
+    with_record: bool,
+    refuses: Callable[[Ckr], bool] = lambda error: True,
 ) -> None:
     """Make the token object with its final attributes and prove it; nothing of it stays where that fails.
 
+    :param refuses: whether an error of the member says that nothing was made. Where it may have been made all the same,
+        its record stays for whoever looks (no object is without).
     :param with_record: keep the sealed record beside it (the second place of G1). It is there before the object, and
         goes before it (:func:`remove`): so a search for the object alone tells whether a token that was put back to an
         earlier state lacks anything, or has too much.
@@ -166,10 +174,10 @@ def install(
             raise IntegrityAlarm(f"what was made of the envelope of object {record.uid.hex()} is not that object")
     except (MemberGone, WorkerFault, DeadlinePassed):
         raise  # nobody is there to undo it; the owed row stays in doubt
-    except Exception:
+    except Exception as error:
         if handle is not None:
             _destroy(connection, handle, timeout=timeout)
-        if with_record:
+        if with_record and (handle is not None or not isinstance(error, Ckr) or refuses(error)):
             drop_records(connection, record.uid, timeout=timeout)
         raise
 

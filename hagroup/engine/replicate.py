@@ -130,7 +130,12 @@ class Replicator:
             try:
                 old = self._there_already(member, life, record, anew, doubted=doubted) if anew else []
                 replica.install(
-                    life.connection, life.keys, record, timeout=self._timeout, with_record=not self._mirrored
+                    life.connection,
+                    life.keys,
+                    record,
+                    timeout=self._timeout,
+                    with_record=not self._mirrored,
+                    refuses=lambda error: classify(error.rv, member.config.errors) in _KNOWN_REFUSALS,
                 )
                 if anew:  # the new one first: at every instant there is one
                     life.handles.pop(record.uid, None)

@@ -233,6 +233,20 @@ FOUND: dict[str, tuple[int, list[Step]]] = {
             ("fork", 41024, 41472, 28692),
         ],
     ),
+    # an object was made although the member reported an error; its record was taken away, a restored token lacked it
+    "made in spite of an error": (
+        958443,
+        [
+            ("tick", 34108, 63302, 23919),
+            ("tick", 10605, 92, 18622),
+            ("fault", 43073, 23012, 65502),
+            ("create", 54284, 24541, 65435),
+            ("create", 39723, 63119, 42875),
+            ("snapshot", 55139, 31490, 57364),
+            ("tick", 23692, 58673, 9260),
+            ("restore", 33494, 52164, 43300),
+        ],
+    ),
     # the ghost of a write that its own process lost track of stayed
     "ghost, lost track": (
         10206,
