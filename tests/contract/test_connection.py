@@ -68,8 +68,14 @@ def ulong(number: int) -> bytes:
 def freeze(pid: int) -> None:
     """SIGSTOP; returns when every thread has stopped: until then the worker may still answer."""
     os.kill(pid, signal.SIGSTOP)
-    tasks = [task / "stat" for task in Path(f"/proc/{pid}/task").iterdir()]
-    until(lambda: all(task.read_text().rpartition(")")[2].split()[0] == "T" for task in tasks))
+
+    def runs(task: Path) -> bool:
+        try:
+            return (task / "stat").read_text().rpartition(")")[2].split()[0] != "T"
+        except FileNotFoundError:
+            return False  # it has ended
+
+    until(lambda: not any(runs(task) for task in Path(f"/proc/{pid}/task").iterdir()))
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

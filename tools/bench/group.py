@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -89,9 +90,10 @@ class Group:
         """SIGKILL to the worker process that this client has for the member (isolation ``process``)."""
         name = self.members[self._disturbed]["name"]
         for task in Path(f"/proc/{client}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                if name in Path(f"/proc/{child}/cmdline").read_text().split("\0"):
-                    os.kill(int(child), signal.SIGKILL)
+            with contextlib.suppress(FileNotFoundError):  # that thread has ended meanwhile
+                for child in (task / "children").read_text().split():
+                    if name in Path(f"/proc/{child}/cmdline").read_text().split("\0"):
+                        os.kill(int(child), signal.SIGKILL)
 
     def heal(self) -> None:
         for control in self.controls:
