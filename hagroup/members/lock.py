@@ -21,7 +21,7 @@ class WorkerLock:
     def __init__(self, path: str) -> None:
         """:raises OSError: the file cannot be had, or somebody else holds the lock."""
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a signal handler or finalizer may call while its own thread is in it
         self._inside = 0
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +55,7 @@ class WorkerLock:
 
     def release_inherited(self) -> None:
         """In a forked child, where the parent keeps its lock. (A thread of the parent may have been in the guard.)"""
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._close()
 
     def _close(self) -> None:

@@ -346,6 +346,31 @@ def test_who_ended_between_changes_left_nothing(journal):
     assert journal.cut_off("b") == []
 
 
+def test_a_call_that_interrupts_the_showing_of_another_one(journal, monkeypatch):
+    """A signal handler, or a finalizer, of the same thread: it must not wait for what it interrupted."""
+    _, path = journal.worker_lock("b")
+    lock = WorkerLock(path)
+    show = lock._show
+
+    def interrupted(what):
+        monkeypatch.undo()
+        with lock:
+            pass
+        show(what)
+
+    def call():
+        with lock:
+            assert journal.being_changed("b")
+
+    monkeypatch.setattr(lock, "_show", interrupted)
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert not journal.being_changed("b")
+    lock.release()
+
+
 def test_lock_files_of_the_dead_go_once_nothing_refers_to_them(journal, backend):
     record = make_live(journal, "a")
     dead = backend.open()
