@@ -49,7 +49,7 @@ def missing_of(
             if (
                 copy is not None
                 and not _is_there(journal, life, record, with_record=with_record, timeout=timeout)
-                and _is_still_so(journal, record, copy)
+                and is_as_before(journal, member.name, uid, copy)
             ):
                 rows.append((member.name, uid, OwedKind.INSTALL))
             continue
@@ -61,11 +61,11 @@ def missing_of(
     return rows
 
 
-def _is_still_so(journal: Journal, record: ObjectRecord, copy: Copy) -> bool:
-    """Nobody changed it while it was looked for."""
-    now, copies, owed = journal.object_with_placement(record.uid)
-    unchanged = now is not None and now.revision == record.revision and copy.member not in owed
-    return unchanged and copies.get(copy.member) == copy
+def is_as_before(journal: Journal, name: str, uid: bytes, copy: Copy | None) -> bool:
+    """The object is still to be, and nobody made, changed or lost it on that member since its copy there was read:
+    whoever does owes it first, and confirms another copy."""
+    record, copies, owed = journal.object_with_placement(uid)
+    return record is not None and name not in owed and copies.get(name) == copy
 
 
 def _is_there(journal: Journal, life: Life, record: ObjectRecord, *, with_record: bool, timeout: float) -> bool:

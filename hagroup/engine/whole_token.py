@@ -66,13 +66,13 @@ class _Comparison:
         return True
 
     def _is_still_so(self, uid: bytes, kind: OwedKind) -> bool:
-        record, copies, owed = self._journal.object_with_placement(uid)
+        record, _, owed = self._journal.object_with_placement(uid)
         row = owed.get(self._member.name)
         if kind is OwedKind.DESTROY:
             return record is None and row is None
         if row is not None:
             return self._is_left(row)
-        return record is not None and copies.get(self._member.name) == self._settled.get(uid)
+        return recent.is_as_before(self._journal, self._member.name, uid, self._settled.get(uid))
 
     def _to_be_looked_for(self) -> Iterator[tuple[bytes, OwedKind]]:
         """Owed already, from an earlier membership: looked for before it is made. Or a change of what is not there:

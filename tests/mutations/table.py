@@ -193,9 +193,9 @@ MUTATIONS = (
     Mutation(
         "a token that was read a while ago is taken for its present state",
         "what others made or renamed while a token was read counts as lost there (4.6)",
-        "hagroup/engine/whole_token.py",
-        "        return record is not None and copies.get(self._member.name) == self._settled.get(uid)",
-        "        return record is not None",
+        "hagroup/engine/recent.py",
+        "    return record is not None and name not in owed and copies.get(name) == copy",
+        "    return record is not None",
         "tests/integration/test_protocol_races.py::test_changes_while_a_whole_token_is_compared",
     ),
     Mutation(
