@@ -6,6 +6,7 @@ A change writes hundreds of times to the token's folder. A run dies in some of t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -104,13 +105,19 @@ def test_a_worker_dies_while_it_renews_what_its_member_shows(
     killpoint.arm()
     show(session)
     total = killpoint.writes
+    died = 0
     for number in range(POINTS * 2):
         killpoint.arm(1 + (total - 1) * number // (POINTS * 2 - 1))
-        with pytest.raises(CONNECTION_LOST):
+        with contextlib.suppress(CONNECTION_LOST):
             show(session)
+        if killpoint.armed:  # what else was written in the background may have been in the number of writes
+            killpoint.arm()
+            continue
+        died += 1
         faulty.wait_failed(session, VICTIM)
         faulty.heal(session)
         faulty.check_tokens(session, shown_once=False)
+    assert died > POINTS
     show(session)  # it takes the place of all that stayed
     faulty.check_tokens(session)
 
@@ -124,7 +131,8 @@ from tests.support.groups import PIN, wait_until
 session = hagroup.lib(sys.argv[1]).get_token(token_label="payments").open(rw=True, user_pin=PIN)
 group = engine(session)
 member = group.roster.members["{VICTIM}"]
-wait_until(lambda: member in group.roster.serving(), "the member is in service")
+wait_until(lambda: len(group.roster.serving()) == len(group.roster.members), "all members are in service")
+group.supervisor.stop()  # its writes would count too
 print("ready", flush=True)
 sys.stdin.readline()
 manifest.show_seal(group.view, member, member.life, timeout=10.0)
@@ -149,15 +157,14 @@ def test_a_program_dies_with_its_member_inside_a_write(faulty: FaultGroup, sessi
     faulty.heal(session)
     assert show_in_a_program(0) == 0
     total = killpoint.writes
-    before = faulty.labels(own=True)
     halves = 0
-    for number in range(POINTS):
-        assert show_in_a_program(1 + (total // 2) * number // POINTS) == -signal.SIGKILL
+    for point in sorted({5, 10} | {1 + (total // 2) * number // POINTS for number in range(POINTS)}):
+        assert show_in_a_program(point) == -signal.SIGKILL
         halves += "" in faulty.labels(own=True)[VICTIM]
         done = faulty.group.admin("sync")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "" not in faulty.labels(own=True)[VICTIM]
         faulty.check_tokens(session, shown_once=False)
-    assert halves, f"nothing was cut off: {before}"
+    assert halves >= 2, "an object's first dozen writes come before its class and label"
     show(session)  # it takes the place of all that stayed
     faulty.check_tokens(session)

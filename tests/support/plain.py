@@ -25,9 +25,18 @@ asked = json.load(sys.stdin)
 token = pkcs11.lib(asked["module"]).get_token(token_serial=asked["serial"].encode())
 OWN = ("hagroup:", "hagroup ")
 
+def everything(session):
+    try:
+        yield from session.get_objects()
+    except pkcs11.exceptions.AttributeValueInvalid:  # an object that shows no class: a ghost
+        yield None
+
 def listing(session):
     found = []
-    for item in session.get_objects():
+    for item in everything(session):
+        if item is None:
+            found.append({"label": "", "class": None, "attributes": {}})
+            continue
         label = item[Attribute.LABEL]
         if label.startswith(OWN):
             if asked.get("own"):
@@ -44,7 +53,7 @@ def listing(session):
     return found
 
 def settled_listing(session):
-    # SoftHSM shows a data object that another process is just making (a manifest) without its label, and fails
+    # SoftHSM shows a data object that another process is just making (a manifest) without its label or class, and fails
     # where an object goes away under the search: a ghost would still be there at the last look.
     for last in [False] * 40 + [True]:
         try:
@@ -53,7 +62,7 @@ def settled_listing(session):
             if last:
                 raise
         else:
-            if last or not any(item["label"] == "" and item["class"] == ObjectClass.DATA for item in found):
+            if last or not any(item["label"] == "" and item["class"] in (None, ObjectClass.DATA) for item in found):
                 return found
         time.sleep(0.05)
 
