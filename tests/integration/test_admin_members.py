@@ -19,6 +19,7 @@ from hagroup.engine.challenge import DomainMember
 from hagroup.engine.joining import import_domain
 from hagroup.engine.leaving import BEING_REMOVED
 from hagroup.journal import SqliteJournal
+from hagroup.members.lock import WorkerLock
 from tests.integration.replica_support import connect
 from tests.support import plain
 from tests.support.faulty import Load, engine
@@ -189,6 +190,23 @@ def test_refused_without_trace(group: GroupFixture) -> None:
     assert group.admin("status").returncode == 0
 
 
+def die_in_a_change(group: GroupFixture, member: str) -> None:
+    """As if a program had been killed while its worker wrote to the member's token."""
+    journal = SqliteJournal.open(group.folder / "journal.db")
+    lock = WorkerLock(journal.worker_lock(member)[1])
+    with lock:
+        lock.release()
+    journal.close()
+
+
+def cut_off(group: GroupFixture, member: str) -> list[str]:
+    journal = SqliteJournal.open(group.folder / "journal.db")
+    try:
+        return journal.cut_off(member)
+    finally:
+        journal.close()
+
+
 def test_the_last_members_cannot_leave(new_group: Callable[..., GroupFixture]) -> None:
     group = new_group(members=1)
     for command in (["drain", "hsm1"], ["remove", "hsm1", "--yes"]):
@@ -204,9 +222,11 @@ def test_the_last_members_cannot_leave(new_group: Callable[..., GroupFixture]) -
 def test_removed_while_away_is_left_to_do(group: GroupFixture) -> None:
     run_client(group, "session.generate_key(KeyType.AES, 256, store=True, label='key')\n")
     group.take_away("hsm3")
+    die_in_a_change(group, "hsm3")
     done = group.admin("member", "remove", "hsm3", "--yes")
     assert done.returncode == 1, done.stderr
     assert "NOT destroyed" in done.stdout
+    assert cut_off(group, "hsm3") == []
     assert names(group) == ["hsm1", "hsm2"]
     refused = group.admin("member", "remove", "hsm2", "--yes")
     assert refused.returncode == 2
@@ -220,6 +240,16 @@ def test_removed_while_away_is_left_to_do(group: GroupFixture) -> None:
     todo = group.admin("journal", "todo")
     assert todo.returncode == 1
     assert "hsm3" in todo.stdout
+
+
+def test_nobody_looks_for_what_was_cut_off_on_a_member_that_is_gone(group: GroupFixture) -> None:
+    """One that hagroup.toml does not have any more: nothing can be connected, and its file would stay for ever."""
+    die_in_a_change(group, "hsm3")
+    text = group.toml.read_text()
+    group.toml.write_text(text[: text.rindex("[[member]]")])
+    done = group.admin("member", "remove", "hsm3", "--yes")
+    assert "member removed: hsm3" in group.admin("status").stdout, done.stdout + done.stderr
+    assert cut_off(group, "hsm3") == []
 
 
 def test_interrupted_and_back_again(group: GroupFixture) -> None:

@@ -196,7 +196,7 @@ MUTATIONS = (
         "hagroup/engine/recent.py",
         "    return record is not None and name not in owed and copies.get(name) == copy",
         "    return record is not None",
-        "tests/integration/test_protocol_races.py::test_changes_while_a_whole_token_is_compared",
+        "tests/integration/test_long_reads.py::test_changes_while_a_whole_token_is_compared",
     ),
     Mutation(
         "nobody looks for what a dead program cut off",
@@ -236,7 +236,7 @@ MUTATIONS = (
         "hagroup/engine/held_lease.py",
         "    thread.start()\n",
         "",
-        "tests/integration/test_protocol_races.py::test_a_token_that_takes_longer_to_read_than_a_lease_lasts",
+        "tests/integration/test_long_reads.py::test_a_token_that_takes_longer_to_read_than_a_lease_lasts",
     ),
     Mutation(
         "members being resynced are not asked",

@@ -110,6 +110,18 @@ def clients(group: GroupFixture, count: int = 2) -> Iterator[list[Client]]:
             client.close()
 
 
+@contextlib.contextmanager
+def two_clients(group: GroupFixture) -> Iterator[tuple[Client, Client]]:
+    """Two clients; afterwards nothing is owed, and the tokens are emptied by one of them."""
+    with clients(group) as (a, b):
+        yield a, b
+        a.sync()
+        for record in list(a.journal.objects()):
+            a.session.destroy(record.uid)
+        a.sync()
+        everywhere(group)
+
+
 class Gate:
     """Stops the first call of a method (``every``: all of them), before or after it was carried out, until the test
     lets it go on."""
