@@ -13,7 +13,6 @@ from enum import StrEnum
 import msgspec
 
 from hagroup.config.logging import get_logger
-from hagroup.core.attributes import CKA, pack_ulong
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle
 from hagroup.core.classify import Verdict, classify
 from hagroup.core.records import Attempt, Fingerprint, Lease, Locator, ObjectRecord, OwedKind, OwedRow
@@ -190,18 +189,8 @@ class Replicator:
         return self._destroyable(member, life, record.uid, places)(found)
 
     def _claimed_by_others(self, uid: bytes) -> Callable[[Locator], bool]:
-        """Whether another live object is at a locator."""
-
-        def claimed(locator: Locator) -> bool:
-            there = self._journal.search(
-                {
-                    CKA.CLASS: pack_ulong(locator.object_class),
-                    CKA.LABEL: locator.label,
-                }
-            )
-            return any(other.uid != uid and other.locator == locator for other in there)
-
-        return claimed
+        """Whether another object of the group is at a locator, or may be there any moment."""
+        return lambda locator: bool(others_at(self._journal, uid, [locator]))
 
     def _destroyable(
         self, member: Member, life: Life, uid: bytes, locators: Sequence[Locator]

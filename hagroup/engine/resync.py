@@ -340,6 +340,8 @@ class Resync:
             self._journal.give_up([(row.member, row.uid)], doubt=False, kind=row.kind)
             return Result(member.name, Outcome.CONFIRMED)
         locators: tuple[Locator, ...] = (*row.locators, *tombstone.locators)
+        record = self._view.members[member.name]
+        put_aside = row.change <= record.low  # when the member was admitted: that may be the token of before yet
         if self._replicator.mirror is not None:  # its destroyer may have died before that
             self._replicator.mirror.drop(row.uid)
         return self._replicator.destroy(
@@ -351,7 +353,7 @@ class Resync:
             {},
             tombstone.change,
             may_be_hidden=row.asked_before,
-            anywhere=self._view.members[member.name].membership is not Membership.ADMITTED,
+            anywhere=put_aside or record.membership is not Membership.ADMITTED,
             lease=lease,
         )
 

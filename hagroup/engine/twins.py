@@ -20,25 +20,32 @@ class Occupied(Exception):
 
 
 def others_at(journal: Journal, uid: bytes, locators: Iterable[Locator]) -> list[ObjectRecord]:
-    """Live and creating objects other than ``uid`` whose locator is one of these.
+    """Live and creating objects other than ``uid`` whose locator is one of these, or is just becoming one.
 
     Ask *after* the member was searched: what was found there then has its record by now.
     """
     places = set(locators)
     found: dict[bytes, ObjectRecord] = {}
+    becoming: dict[bytes, Locator] = {}
+    for intent in journal.intents():  # first: what ends meanwhile is in the records by the time they are searched
+        for other in intent.uids if intent.kind in (IntentKind.CREATE, IntentKind.SET) else ():
+            record = journal.object(other)
+            if record is not None:
+                found[other] = record
+                if intent.kind is IntentKind.SET:
+                    becoming[other] = intent.outcome(record).locator
     for place in places:
         wanted: dict[int, bytes] = {CKA.CLASS: pack_ulong(place.object_class), CKA.LABEL: place.label}
         if place.id and place.object_class != CKO.DATA:
             wanted[CKA.ID] = place.id
-        for record in journal.search(wanted):
+        named = journal.object(place.id)  # ``member_id`` is a UID
+        for record in [*journal.search(wanted), *([] if named is None else [named])]:
             found[record.uid] = record
-    for intent in journal.intents():
-        if intent.kind is IntentKind.CREATE:
-            for other in intent.uids:
-                creating = journal.object(other)
-                if creating is not None:
-                    found[other] = creating
-    return [record for record in found.values() if record.uid != uid and record.locator in places]
+    return [
+        record
+        for record in found.values()
+        if record.uid != uid and (record.locator in places or becoming.get(record.uid) in places)
+    ]
 
 
 def destroyable(

@@ -314,7 +314,7 @@ def condemned(
         owner=row.owner if waits else None,
         locators=merged(row.locators, locators),
         reason=None,
-        change=change,
+        change=change if row.settled else row.change,  # a barrier that the row was behind still finds it
         settled=False,
         asked_before=row.asked_before or there,
     )

@@ -565,8 +565,9 @@ def test_second_set_while_an_older_one_is_unanswered_stays_in_doubt(journal):
 
 def test_destroy_is_owed_wherever_it_may_be(journal):
     record = make_live(journal, "a", "b")
+    (lacks,) = journal.owed("c")
     stone, rows = destroy(journal, record.uid, "a")
-    assert {row.member for row in rows} == {"a", "b", "c"}
+    assert {row.member: row.change for row in rows} == {"a": stone.change, "b": stone.change, "c": lacks.change}
     assert {row.kind for row in rows} == {DESTROY}
     assert {row.member for row in rows if row.owner == journal.owner and row.sent} == {"a"}
     assert journal.object(record.uid) is None

@@ -231,6 +231,14 @@ MUTATIONS = (
         f"{GROUP}::test_history_that_once_broke[record of a destroyed object]",
     ),
     Mutation(
+        "what was put aside at a member's admission is looked for under its present names only",
+        "a destroyed key stays on a token that was put back to before its label changed (G2)",
+        "hagroup/engine/resync.py",
+        "anywhere=put_aside or record.membership",
+        "anywhere=record.membership",
+        f"{GROUP}::test_history_that_once_broke[destroyed, under its name of before]",
+    ),
+    Mutation(
         "a lease is not kept while its holder is inside something long",
         "a member with many objects behind a slow line is never admitted (4.6)",
         "hagroup/engine/held_lease.py",

@@ -247,6 +247,37 @@ FOUND: dict[str, tuple[int, list[Step]]] = {
             ("restore", 33494, 52164, 43300),
         ],
     ),
+    # a token was put back to before a label changed; what was destroyed since was in doubt when the member was
+    # admitted, and was looked for under the names it had later only
+    "destroyed, under its name of before": (
+        972368,
+        [
+            ("create", 62473, 52425, 37518),
+            ("snapshot", 25019, 13391, 25815),
+            ("set_label", 24144, 31491, 12822),
+            ("swap", 56668, 28432, 60151),
+            ("create", 63918, 32820, 20897),
+            ("fault", 15746, 26582, 4793),
+            ("restore", 30065, 52438, 56174),
+            ("create", 6085, 53998, 50884),
+            ("destroy", 7215, 16400, 25200),
+        ],
+    ),
+    # the same where the member owed the object itself, in doubt, and it was destroyed after the admission
+    "destroyed since, under its name of before": (
+        972368,
+        [
+            ("create", 62473, 52425, 37518),
+            ("snapshot", 25019, 13391, 25815),
+            ("set_label", 24144, 31491, 12822),
+            ("pin", 4734, 2414, 56650),
+            ("swap", 56668, 28432, 60151),
+            ("fault", 15746, 26582, 4793),
+            ("restore", 30065, 52438, 56174),
+            ("create", 6085, 53998, 50884),
+            ("destroy", 7215, 16400, 25200),
+        ],
+    ),
     # the ghost of a write that its own process lost track of stayed
     "ghost, lost track": (
         10206,

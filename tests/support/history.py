@@ -230,7 +230,7 @@ class History:
         if outcome != "done":
             if isinstance(answer, Ckr) and (answer.rv, answer.function) == (CKR.KEY_HANDLE_INVALID, "C_SignInit"):
                 self.observed.done(thing.uid, Kind.NOT_THERE, called)
-            if outcome == "refused" and calm and self._connected(client):
+            if outcome == "refused" and answer is not None and calm and self._connected(client):
                 raise Broken(f"nothing is wrong, and {thing} cannot be used: {answer!r}")
             return
         self._was_there(thing, before, "a key was used")
