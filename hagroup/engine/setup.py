@@ -42,7 +42,7 @@ def create_group(config: GroupConfig, pins: Mapping[str, Pin], so_pin: Pin, *, s
     """Make the group. Returns its serial number, which was also written into the configuration.
 
     :param pins: user PIN of each member.
-    :param so_pin: SO PIN of the first member, which speaks for the others' joining.
+    :param so_pin: SO PIN of the member that speaks for the others: the first one, or the first that has keys of a domain.
     :raises ConfigurationError: a member cannot take part; nothing was changed.
     :raises DomainMismatch: members belong to different cloning domains already; nothing was changed.
     """
@@ -52,6 +52,7 @@ def create_group(config: GroupConfig, pins: Mapping[str, Pin], so_pin: Pin, *, s
         _open_all(config, pins, lives, timeout=timeout)
         _check(config, lives, timeout=timeout)
         keys = _held(config, lives, timeout=timeout)
+        _officer_agrees(config, lives, keys, so_pin, timeout=timeout)
         made: dict[str, DomainKeys] = {}
         try:
             _domain(config, lives, keys, made, so_pin, sealed=sealed, timeout=timeout)
@@ -260,6 +261,17 @@ def officer_of(member: MemberConfig, life: Life, so_pin: Pin, *, timeout: float)
         officer.connection.kill()
         raise
     return officer
+
+
+def _officer_agrees(
+    config: GroupConfig, lives: Mapping[str, Life], held: Mapping[str, DomainKeys], so_pin: Pin, *, timeout: float
+) -> None:
+    """A group takes two people, also where no step needs what only the security officer may do: he logs in once.
+
+    :raises ConfigurationError: he does not; nothing was changed.
+    """
+    speaker = next((member for member in config.members if member.name in held), config.members[0])
+    officer_of(speaker, lives[speaker.name], so_pin, timeout=timeout).connection.close()
 
 
 def _record(

@@ -234,6 +234,15 @@ def test_wrong_pin_for_all_when_creating(tokens: Tokens) -> None:
     tokens.check_untouched()
 
 
+def test_wrong_so_pin_when_creating(tokens: Tokens) -> None:
+    """The second person is asked also where the keys could be made without him."""
+    private(tokens.so_pin, "99999999")
+    line = one_sentence(tokens.create(), 2)
+    assert 'member "hsm1" refused the SO PIN' in line and "nothing was changed" in line
+    assert "99999999" not in line
+    tokens.check_untouched()
+
+
 def test_pin_that_is_not_given(tokens: Tokens) -> None:
     tokens.pin_sources = False
     assert "--pin-file" in one_sentence(tokens.create(), 2)
