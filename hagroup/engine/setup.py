@@ -38,11 +38,20 @@ NEEDED = (CKM.AES_KEY_GEN, CKM.AES_GCM, CKM.RSA_PKCS_KEY_PAIR_GEN, CKM.RSA_PKCS_
 """Mechanisms without which a member cannot take part; its wrap mechanism comes on top."""
 
 
-def create_group(config: GroupConfig, pins: Mapping[str, Pin], so_pin: Pin, *, sealed: bool, clock: Clock) -> str:
+def create_group(
+    config: GroupConfig,
+    pins: Mapping[str, Pin],
+    so_pin: Pin,
+    *,
+    sealed: bool,
+    clock: Clock,
+    existing: Callable[[Mapping[str, int]], None] = lambda found: None,
+) -> str:
     """Make the group. Returns its serial number, which was also written into the configuration.
 
     :param pins: user PIN of each member.
-    :param so_pin: SO PIN of the member that speaks for the others: the first one, or the first that has keys of a domain.
+    :param so_pin: SO PIN of the member that speaks for the others: the first, or the first with keys of a domain.
+    :param existing: is told how many objects members hold already, where some do, before anything is changed.
     :raises ConfigurationError: a member cannot take part; nothing was changed.
     :raises DomainMismatch: members belong to different cloning domains already; nothing was changed.
     """
@@ -52,6 +61,8 @@ def create_group(config: GroupConfig, pins: Mapping[str, Pin], so_pin: Pin, *, s
         _open_all(config, pins, lives, timeout=timeout)
         _check(config, lives, timeout=timeout)
         keys = _held(config, lives, timeout=timeout)
+        if found := _objects_already(lives, timeout=timeout):
+            existing(found)
         _officer_agrees(config, lives, keys, so_pin, timeout=timeout)
         made: dict[str, DomainKeys] = {}
         try:
@@ -261,6 +272,15 @@ def officer_of(member: MemberConfig, life: Life, so_pin: Pin, *, timeout: float)
         officer.connection.kill()
         raise
     return officer
+
+
+def _objects_already(lives: Mapping[str, Life], *, timeout: float) -> dict[str, int]:
+    """How many objects that are nobody's group's each member holds, where it holds some."""
+    counts = {
+        name: sum(not entry.own and not entry.ghost for entry in inventory(life.connection, timeout=timeout))
+        for name, life in lives.items()
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def _officer_agrees(

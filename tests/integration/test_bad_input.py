@@ -20,7 +20,9 @@ from tests.support import plain
 from tests.support.faults import FaultControl, build_interposer, fault_env
 from tests.support.faulty import set_timeouts
 from tests.support.groups import PIN, SO_PIN, GroupFixture, make_group
+from tests.support.newcomers import tamper
 from tests.support.softhsm import SOFTHSM, TokenFixture, make_token
+from tests.support.terminal import Terminal
 
 COUNT_LOW = 0x10000
 LIBC = next(Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "libc.so" in line)
@@ -241,6 +243,32 @@ def test_wrong_so_pin_when_creating(tokens: Tokens) -> None:
     assert 'member "hsm1" refused the SO PIN' in line and "nothing was changed" in line
     assert "99999999" not in line
     tokens.check_untouched()
+
+
+def test_objects_that_members_hold_already(tokens: Tokens) -> None:
+    """A person says what becomes of them; in a script they stay where they are, and it is said."""
+    program = "session.generate_key(KeyType.AES, 128, store=True, label='mine', template={Attribute.EXTRACTABLE: True})"
+    tamper(tokens.plain("hsm2"), program)
+    before = plain.labels(tokens.plain("hsm2"))
+    stopped = one_sentence(tokens.create("--existing", "stop"), 2)
+    assert "1 on hsm2" in stopped and "nothing was changed" in stopped
+    config = ["--config", str(tokens.group.toml), "group", "create", "--so-pin-file", str(tokens.so_pin)]
+    terminal = Terminal([Path(sys.executable).with_name("ha-admin"), *config])
+    terminal.expect("[y/N]")
+    terminal.send("y\n")
+    terminal.expect("1 on hsm2: copy them to all members, leave them, or stop? [stop]")
+    terminal.send("what?\n")
+    terminal.send("\n")
+    assert terminal.end() == 2, terminal.text
+    assert (plain.labels(tokens.plain("hsm1")), plain.labels(tokens.plain("hsm2"))) == ([], before)
+    assert not list(tokens.folder.glob("journal*"))
+    left = tokens.create()
+    assert left.returncode == 0 and "stay as they are" in left.stdout, left.stderr
+    assert plain.labels(tokens.plain("hsm1")) == []
+    assert GroupFixture(tokens.folder / "hagroup.toml").admin("group", "delete", "--yes").returncode == 0
+    copied = tokens.create("--existing", "copy")
+    assert copied.returncode == 0 and "1 objects adopted" in copied.stdout, copied.stdout + copied.stderr
+    assert plain.labels(tokens.plain("hsm1")) == plain.labels(tokens.plain("hsm2")) == ["mine"]
 
 
 def test_pin_that_is_not_given(tokens: Tokens) -> None:
