@@ -240,6 +240,14 @@ def test_once(group: GroupFixture, fast_folder: Path) -> None:
     bad = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert bad.returncode == 1
     assert "hsm1: failed" in bad.stdout
+    with watching(group):
+        stands_by = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (stands_by.returncode, "watched by another" in stands_by.stdout) == (1, True), stands_by
+    assert "hsm1: failed" in stands_by.stdout, "who only looks says what is wrong, too"
+    (group.folder / "journal.db").rename(group.folder / "journal.away")
+    blind = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    (group.folder / "journal.away").rename(group.folder / "journal.db")
+    assert (blind.returncode, "the journal cannot be reached" in blind.stdout) == (1, True), blind
     none = subprocess.run(
         [*command[:3], "--config", "/no/such"], capture_output=True, text=True, timeout=60, check=False
     )
