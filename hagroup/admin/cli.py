@@ -221,6 +221,8 @@ def sync(
     if adopt:
         sync_commands.adopt(pin=(pin_file, pin_env), label=label, as_json=as_json)
         return
+    if label is not None:
+        fail("--label goes with --adopt: all of what the group owes is brought up to date", USAGE)
     done = commands.sync(chosen_config(), pin=(pin_file, pin_env))
     if as_json:
         print_json(done)
@@ -284,7 +286,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = FINE
     except OSError as error:
-        print(f"ha-admin: {error}", file=sys.stderr)
+        print(f"ha-admin: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
         status = USAGE
     if status == STOPPED:  # newer typers turn Ctrl-C into that status by themselves
         print("ha-admin: stopped; run the same command again to complete it", file=sys.stderr)

@@ -337,6 +337,31 @@ def test_unknown_command_and_option(existing: GroupFixture) -> None:
         assert "Traceback" not in done.stderr
 
 
+NEW = "--token-serial 1 --yes --pin-file {folder}/hsm1/pin"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"member add new --module {SOFTHSM} {NEW} --wrap-mechanism zz", "--wrap-mechanism zz: write a number"),
+        (f"member add new --module {SOFTHSM} {NEW} --wrap-mechanism -1", "--wrap-mechanism -1: write a number"),
+        (f"member add new --module {SOFTHSM} {NEW} --env 1X=y", "env.1X must be the name of an environment variable"),
+        (f"member add n@w --module {SOFTHSM} {NEW}", 'name must be made of 1 to 64 letters, digits, ".", "_" or "-"'),
+        ("domain shares --check --share-file {softhsm}", "is no share; nothing was changed"),
+        ("sync --label key", "--label goes with --adopt"),
+        ("journal note text --done hsm1 --to-do hsm1", "member hsm1 is named twice"),
+        ("backup create {folder}/none/file", "/none/file cannot be written: No such file or directory"),
+        ("backup restore {folder}/none --yes", "/none: No such file or directory"),
+        ("doctor --bundle {folder}/hagroup.toml", "/hagroup.toml exists already and is not overwritten"),
+    ],
+)
+def test_options_that_cannot_be(existing: GroupFixture, words: str, said: str) -> None:
+    before = existing.toml.read_text()
+    done = existing.admin(*(one.format(folder=existing.folder, softhsm=SOFTHSM) for one in words.split()))
+    assert said in one_sentence(done, 2)
+    assert existing.toml.read_text() == before
+
+
 def test_created_twice(existing: GroupFixture) -> None:
     before = {name: plain.objects(member, own=True) for name, member in existing.members.items()}
     so_pin = private(existing.folder / "so-pin", SO_PIN)
