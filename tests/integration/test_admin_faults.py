@@ -55,6 +55,10 @@ CHANGING = {
     "member resume hsm2": [],
     "backup restore --yes": ["{folder}/backup"],
     "domain join hsm2": ["--so-pin-file", "{folder}/so-pin"],
+    "domain shares --shares 2-of-3 --yes": [
+        *("--shares-folder", "{folder}/new-shares"),
+        *("--so-pin-file", "{folder}/so-pin"),
+    ],
     "domain rotate --yes": ["--so-pin-file", "{folder}/so-pin"],
     "member remove hsm3 --yes": [],
     "group delete --yes": [],
@@ -67,6 +71,7 @@ ALONE = (
     "journal adopt --yes",
     "backup restore --yes",
     "domain join hsm2",
+    "domain shares --shares 2-of-3 --yes",
     "domain rotate --yes",
     "member remove hsm3 --yes",
     "clear --yes",
@@ -81,7 +86,6 @@ def test_every_command_is_in_the_matrix() -> None:
     elsewhere = {  # they need a new token, tokens without a group, or people
         "member add": "test_admin_members",
         "domain create": "test_admin_domain_create",
-        "domain shares": "test_admin_domain",
         "group join": "test_group_join",
         "journal move": "test_journal_move",
     }
@@ -128,6 +132,7 @@ class Matrix:
         words = [word.replace("{folder}", str(self.group.folder)) for word in [*line.split(), *more]]
         before = [] if self.toml is None else ["--config", str(self.toml)]
         (self.group.folder / "new-backup").unlink(missing_ok=True)
+        shutil.rmtree(self.group.folder / "new-shares", ignore_errors=True)
         return run_here(self.monkeypatch, self.capsys, *before, *words)
 
     def refused(self, line: str, more: list[str], *statuses: int) -> str:
@@ -230,6 +235,7 @@ def test_one_member_down(changed: Matrix) -> None:
         "backup restore --yes",
         "sync --adopt",
         "member drain hsm2",
+        "domain shares --shares 2-of-3 --yes",
     ]
     for line, more in ALL.items():
         status, out, err = changed.run(line, more)
