@@ -266,6 +266,12 @@ def member_standby(name: Name) -> None:
     _set_role(name, Role.STANDBY)
 
 
+@member_app.command("backup")
+def member_backup(name: Name) -> None:
+    """It is kept in sync and never serves: a copy that no program reads. `activate` ends it."""
+    _set_role(name, Role.BACKUP)
+
+
 @member_app.command("activate")
 def member_activate(name: Name) -> None:
     """Back from standby or backup: it serves like the others."""

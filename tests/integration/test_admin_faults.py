@@ -50,6 +50,7 @@ ASKING = {
 CHANGING = {
     "journal note": ["a note"],
     "member standby hsm2": [],
+    "member backup hsm2": [],
     "member activate hsm2": [],
     "member drain hsm2": [],
     "member resume hsm2": [],
@@ -228,6 +229,7 @@ def test_one_member_down(changed: Matrix) -> None:
         *READING,
         "domain show",
         "member standby hsm2",
+        "member backup hsm2",
         "member activate hsm2",
         "member resume hsm2",
         "journal note",
@@ -260,7 +262,8 @@ def test_one_member_down(changed: Matrix) -> None:
 def test_all_members_down(group: Matrix) -> None:
     for name in group.group.members:
         group.group.take_away(name)
-    journal_alone = ("journal note", "member resume hsm2", "member standby hsm2", "member activate hsm2")
+    journal_alone = ("journal note", "member resume hsm2", "member standby hsm2", "member backup hsm2")
+    journal_alone += ("member activate hsm2",)
     try:
         for line, more in {**ASKING, **CHANGING, "status": []}.items():
             status, out, err = group.run(line, more)
