@@ -73,6 +73,8 @@ LOG_ONLY = frozenset({Kind.RECOVERY_FAILED})
 
 ALARMS = {"alarm": Kind.ALARM, OBJECT_MISSING: Kind.ALARM, OBJECT_REAPPEARED: Kind.KEY_REAPPEARED}
 """Kinds of journal events that people must hear of, and as what they are told."""
+DELIVERED = "all of the above was delivered"
+"""Text of the watchdog's own events in the journal that tell nobody anything."""
 NEARLY_FULL, ROOM = 0.1, 0.15
 """Shares of a token's memory: less than the first free is told; more than the second has to be free before that is
 over, so that one object more or less is not told again and again."""

@@ -207,6 +207,36 @@ def test_journal_away_and_back_is_told_and_members_are_watched_meanwhile(group: 
     ]
 
 
+def test_fewer_than_min_replicas_and_none_at_all_are_told_once(fast_folder: Path) -> None:
+    group = make_group(fast_folder / "levels")  # of which nothing was told before
+    hook, told = make_hook(group.folder)
+    configure(group, hook)
+    with watching(group):
+        for name, last in (("hsm2", "group degraded"), ("hsm3", "below min_replicas"), ("hsm1", "all members lost")):
+            group.take_away(name)
+            wait_until(lambda last=last: last in kinds(told), last)
+        assert group.admin("status").returncode == 3
+        group.bring_back("hsm1")
+        wait_until(lambda: "group serves again" in kinds(told), "that one serves")
+        group.bring_back("hsm2")
+        wait_until(lambda: "min_replicas reached" in kinds(told), "that enough serve")
+        group.bring_back("hsm3")
+        wait_until(lambda: "group whole" in kinds(told), "that all serve")
+        shown = group.admin("status").stdout
+        assert "has all of its members in service" in shown
+        assert "was delivered" not in shown, "people are shown what happened"
+    levels = [kind for kind in kinds(told) if not kind.startswith("member ")]
+    assert [kind for kind in levels if kind not in ("out of sync", "resync done")] == [
+        "group degraded",
+        "below min_replicas",
+        "all members lost",
+        "group serves again",
+        "min_replicas reached",
+        "group whole",
+    ]
+    assert kinds(told).count("member failed") == kinds(told).count("member recovered") == 3
+
+
 def test_given_up_after_so_many_attempts(group: GroupFixture) -> None:
     hook, told = make_hook(group.folder)
     configure(group, hook, "retry = 2", log_style="luna")
