@@ -5,12 +5,16 @@ Everything that can be refused is refused before anything is changed; what fails
 
 from __future__ import annotations
 
+import fcntl
+import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import msgspec
 
+from hagroup.config.load import load
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig, MemberConfig, SqliteUrl
 from hagroup.config.pins import Pin
@@ -55,6 +59,39 @@ def create_group(
     :raises ConfigurationError: a member cannot take part; nothing was changed.
     :raises DomainMismatch: members belong to different cloning domains already; nothing was changed.
     """
+    with _alone(config):
+        return _create_group(config, pins, so_pin, sealed=sealed, clock=clock, existing=existing)
+
+
+@contextmanager
+def _alone(config: GroupConfig) -> Iterator[None]:
+    """One at a time makes a group of these members: who fails takes back what is there, also another one's.
+
+    :raises GroupUnavailable: another one is making it. :raises ConfigurationError: it was made meanwhile.
+    """
+    folder = os.open(config.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if load(config.path).group.serial is not None:
+            raise ConfigurationError(f"{config.path}: this group was created meanwhile; `ha-admin status` shows it")
+        yield
+    except BlockingIOError:
+        raise GroupUnavailable(
+            f"another ha-admin is making the group of {config.path} just now; nothing was changed"
+        ) from None
+    finally:
+        os.close(folder)
+
+
+def _create_group(
+    config: GroupConfig,
+    pins: Mapping[str, Pin],
+    so_pin: Pin,
+    *,
+    sealed: bool,
+    clock: Clock,
+    existing: Callable[[Mapping[str, int]], None],
+) -> str:
     timeout = config.timeouts.generate
     lives: dict[str, Life] = {}
     try:
@@ -89,6 +126,17 @@ def create_domain(
         keys are never outside of a member.
     :raises ConfigurationError: a member cannot take part, or holds keys already; nothing was changed.
     """
+    with _alone(config):
+        _create_domain(config, pins, sealed=sealed, hand_out=hand_out)
+
+
+def _create_domain(
+    config: GroupConfig,
+    pins: Mapping[str, Pin],
+    *,
+    sealed: bool,
+    hand_out: Callable[[tuple[bytes, bytes]], None] | None,
+) -> None:
     timeout = config.timeouts.generate
     lives: dict[str, Life] = {}
     try:

@@ -271,6 +271,19 @@ def test_objects_that_members_hold_already(tokens: Tokens) -> None:
     assert plain.labels(tokens.plain("hsm1")) == plain.labels(tokens.plain("hsm2")) == ["mine"]
 
 
+def test_created_by_two_at_once(tokens: Tokens) -> None:
+    """One makes it; the other one is refused, and takes nothing of it back."""
+    command = [sys.executable, "-m", "hagroup.admin.cli", "--config", str(tokens.group.toml)]
+    create = [*command, "group", "create", "--yes", "--so-pin-file", str(tokens.so_pin)]
+    both = [subprocess.Popen(create, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = [(*process.communicate(timeout=120), process.returncode) for process in both]
+    statuses = sorted(status for _, _, status in ended)
+    assert statuses[0] == 0 and statuses[1] in (2, 3), ended
+    shown = subprocess.run([*command, "domain", "show"], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0 and shown.stdout.count("by itself") == 2, shown.stdout
+    assert len(plain.objects(tokens.plain("hsm1"), own=True)) >= 5, "keys, transport key, manifest, configuration"
+
+
 def test_pin_that_is_not_given(tokens: Tokens) -> None:
     tokens.pin_sources = False
     assert "--pin-file" in one_sentence(tokens.create(), 2)
