@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from hagroup.core.records import LoginState
+from hagroup.core.records import LoginState, Membership
+from hagroup.engine.leaving import BEING_REMOVED
 from hagroup.journal import SqliteJournal
 from tests.support.groups import GroupFixture, make_group, wait_until
 from tests.support.watchdogs import (
@@ -235,6 +236,28 @@ def test_fewer_than_min_replicas_and_none_at_all_are_told_once(fast_folder: Path
         "group whole",
     ]
     assert kinds(told).count("member failed") == kinds(told).count("member recovered") == 3
+
+
+def test_a_member_that_is_being_removed_is_no_alarm(fast_folder: Path) -> None:
+    """It leaves by way of a quarantine, which may take as long as it has objects."""
+    group = make_group(fast_folder / "leaving")
+    hook, told = make_hook(group.folder)
+    configure(group, hook)
+    journal = SqliteJournal.open(group.folder / "journal.db")
+    try:
+        with watching(group):
+            journal.update_member("hsm3", draining=True)
+            journal.update_member("hsm3", membership=Membership.QUARANTINED, reason=BEING_REMOVED)
+            group.take_away("hsm2")
+            wait_until(lambda: "member failed" in kinds(told), "heartbeats")
+            group.bring_back("hsm2")
+            wait_until(lambda: "group whole" in kinds(told), "more of them")
+            journal.update_member("hsm3", membership=Membership.QUARANTINED, reason="another token")
+            wait_until(lambda: "member quarantined" in kinds(told), "that any other quarantine is told")
+    finally:
+        journal.close()
+    (event,) = [event for event in events(told) if event["member"] == "hsm3"]
+    assert (event["kind"], event["text"]) == ("member quarantined", "member hsm3 is quarantined: another token")
 
 
 def test_given_up_after_so_many_attempts(group: GroupFixture) -> None:
