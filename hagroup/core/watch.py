@@ -242,6 +242,18 @@ class _Events:
         )
 
 
+def unreachable_from_the_start(group: str, serial: str, when: str, now: float) -> WatchEvent:
+    """Of a watchdog that never had the journal, so that nobody knows what was told, and by whom.
+
+    :param when: the minute, so that two watchdogs which begin with the host tell it under one id.
+    """
+    text = "the journal cannot be reached since this watchdog began: nothing is known of the group"
+    kind = Kind.JOURNAL_UNREACHABLE
+    return WatchEvent(
+        id=f"{serial}-{when}", kind=kind, severity="critical", group=group, serial=serial, time=now, text=text
+    )
+
+
 def decide(told: Told, sight: Sight, now: float) -> tuple[Told, list[WatchEvent]]:
     """What is new. ``now`` is wall clock and only shown."""
     out = _Events(sight, told.sequence, now)

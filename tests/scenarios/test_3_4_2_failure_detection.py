@@ -24,6 +24,7 @@ from tests.support.watchdogs import (
     BOUND,
     INTERVAL,
     Receiver,
+    Watchdog,
     configure,
     events,
     free_port,
@@ -236,6 +237,24 @@ def test_fewer_than_min_replicas_and_none_at_all_are_told_once(fast_folder: Path
         "group whole",
     ]
     assert kinds(told).count("member failed") == kinds(told).count("member recovered") == 3
+
+
+def test_a_watchdog_that_begins_without_the_journal_tells_it(fast_folder: Path) -> None:
+    group = make_group(fast_folder / "blind")
+    hook, told = make_hook(group.folder)
+    port = free_port()
+    configure(group, hook, f'listen = "127.0.0.1:{port}"')
+    (group.folder / "journal.db").rename(group.folder / "journal.away")
+    watchdog = Watchdog(group)
+    try:
+        wait_until(lambda: "journal unreachable" in kinds(told), "saying so")
+        (shown,) = json.loads(get(port, "/status.json"))["groups"]
+        assert (shown["journal"]["ok"], shown["watchdog"]["active"]) == (False, False)
+        (group.folder / "journal.away").rename(group.folder / "journal.db")
+        wait_until(lambda: "journal back" in kinds(told), "return")
+    finally:
+        watchdog.end()
+    assert kinds(told) == ["journal unreachable", "journal back"]
 
 
 def test_a_member_that_is_being_removed_is_no_alarm(fast_folder: Path) -> None:
