@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,8 +41,31 @@ from hagroup.admin.verify_commands import verify
 from hagroup.config import logging as logs
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone
 from hagroup.engine.login import PIN_ERRORS
-from hagroup.errors import GroupUnavailable, HAError
+from hagroup.errors import ConfigurationError, GroupUnavailable, HAError
 from hagroup.members import ModuleProblem
+
+
+class Existing(StrEnum):
+    """What becomes of objects that members hold before they are a group."""
+
+    COPY = "copy"
+    LEAVE = "leave"
+    STOP = "stop"
+
+    @classmethod
+    def of_a_person(cls, found: Mapping[str, int], *, yes: bool) -> Existing:
+        """As somebody at the terminal says; where nobody is asked they stay as they are."""
+        if yes or not sys.stdin.isatty():
+            return cls.LEAVE
+        question = f"Objects are there already, {shown(found)}: copy them to all members, leave them, or stop?"
+        while (answer := typer.prompt(question, default=cls.STOP.value)) not in list(cls):
+            pass
+        return cls(answer)
+
+
+def shown(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} on {name}" for name, count in found.items())
+
 
 app = typer.Typer(
     name="ha-admin",
@@ -90,19 +115,40 @@ def group_create(
     sealed: Annotated[
         bool, typer.Option("--sealed", help="domain keys that can never leave a member (later joins need the shares)")
     ] = False,
+    existing: Annotated[
+        Existing | None,
+        typer.Option(
+            "--existing", help="objects that members hold already: copy | leave | stop (asked for; with --yes: leave)"
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
     """Make the group that the configuration describes: cloning domain, journal, serial number.
 
     Two people are needed, as for every join: the user (PIN) and the security officer (SO PIN) of the first member.
+
+    Objects that members hold already become the group's and are brought to all members (copy, as by `sync --adopt`),
+    stay where they are and are not the group's (leave), or nothing is done (stop).
     """
+    chosen: list[Existing] = []
+
+    def decide(found: Mapping[str, int]) -> None:
+        chosen.append(existing or Existing.of_a_person(found, yes=yes))
+        if chosen[0] is Existing.STOP:
+            raise ConfigurationError(f"objects are there already, {shown(found)}; nothing was changed")
+
     commands.create(
         chosen_config(),
         pin=(pin_file, pin_env),
         so_pin=(so_pin_file, so_pin_env),
         sealed=sealed,
         confirm=None if yes else confirm,
+        existing=decide,
     )
+    if Existing.COPY in chosen:
+        sync_commands.adopt(pin=(pin_file, pin_env), label=None, as_json=False)
+    elif Existing.LEAVE in chosen:
+        say("objects that were there already stay as they are; `ha-admin sync --adopt` can take them over")
 
 
 @group_app.command("show")
@@ -175,6 +221,8 @@ def sync(
     if adopt:
         sync_commands.adopt(pin=(pin_file, pin_env), label=label, as_json=as_json)
         return
+    if label is not None:
+        fail("--label goes with --adopt: all of what the group owes is brought up to date", USAGE)
     done = commands.sync(chosen_config(), pin=(pin_file, pin_env))
     if as_json:
         print_json(done)
@@ -238,7 +286,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = FINE
     except OSError as error:
-        print(f"ha-admin: {error}", file=sys.stderr)
+        print(f"ha-admin: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
         status = USAGE
     if status == STOPPED:  # newer typers turn Ctrl-C into that status by themselves
         print("ha-admin: stopped; run the same command again to complete it", file=sys.stderr)

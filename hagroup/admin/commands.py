@@ -67,8 +67,12 @@ def create(
     so_pin: PinOptions,
     sealed: bool,
     confirm: Callable[[str], bool] | None,
+    existing: Callable[[Mapping[str, int]], None],
 ) -> None:
-    """``group create``."""
+    """``group create``.
+
+    :param existing: is told how many objects members hold already; raises where that is a reason to stop.
+    """
     config = load(path)
     if config.group.serial is not None:
         raise ConfigurationError(
@@ -80,7 +84,7 @@ def create(
     names = ", ".join(member.name for member in config.members)
     if confirm is not None and not confirm(f"Create group {config.group.label} of {names}?"):
         raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
-    serial = group_setup.create_group(config, given, officer, sealed=sealed, clock=SystemClock())
+    serial = group_setup.create_group(config, given, officer, sealed=sealed, clock=SystemClock(), existing=existing)
     print(f"group {config.group.label} ({serial}) created: {names}")
 
 

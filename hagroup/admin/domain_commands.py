@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -161,7 +162,10 @@ def domain_shares(
     if check == (how is not None):
         fail("give --shares M-of-N, or --check", USAGE)
     scheme = None if check else _scheme(how, shares_folder)
-    with opened((pin_file, pin_env)) as group:
+    with opened((pin_file, pin_env)) as group, contextlib.ExitStack() as until_done:
+        if scheme is not None:  # else another one changes the keys, and these shares are of the ones before
+            until_done.enter_context(membership.alone(group.journal))
+            group.follow()
         speaker, life, keys = membership.sponsor(group)
         side = DomainMember(connection=life.connection, name=speaker.name, wrap_mechanism=speaker.config.wrap_mechanism)
         timeout = group.config.timeouts.generate

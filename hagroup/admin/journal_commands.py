@@ -250,6 +250,11 @@ def journal_note(
     ] = None,
 ) -> None:
     """Record an action of your own, or that one goes on: it shows in `journal todo` until it is done everywhere."""
+    named = [*(to_do or []), *(not_needed or []), *(done or [])]
+    if not text.strip():
+        fail("a note without a word says nothing; nothing was recorded", USAGE)
+    if twice := next((name for name in named if named.count(name) > 1), None):
+        fail(f"member {twice} is named twice: done, to do and not needed exclude each other", USAGE)
     members = {
         **dict.fromkeys(to_do or [], outstanding.TO_DO),
         **dict.fromkeys(not_needed or [], outstanding.NOT_NEEDED),

@@ -29,6 +29,7 @@ from hagroup.admin.options import (
     say,
 )
 from hagroup.admin.show import table
+from hagroup.config import write
 from hagroup.config.load import load
 from hagroup.config.members import absolute_env_value
 from hagroup.config.model import AES_KEY_WRAP_PAD, Isolation, MemberConfig, PinSource, is_softhsm
@@ -189,7 +190,7 @@ def member_add(
         isolation=kind,
         env=environment(env or []),
         pin=source,
-        wrap_mechanism=AES_KEY_WRAP_PAD if wrap_mechanism is None else int(wrap_mechanism, 0),
+        wrap_mechanism=AES_KEY_WRAP_PAD if wrap_mechanism is None else _number(wrap_mechanism),
         local=is_softhsm(module),
     )
     _refuse_other(config)
@@ -200,13 +201,28 @@ def member_add(
         _add(group, config, (so_pin_file, so_pin_env), group_pins=(group_pin_file, group_pin_env), yes=yes)
 
 
+def _number(text: str) -> int:
+    try:
+        number = int(text, 0)
+    except ValueError:
+        number = -1
+    if number < 0:
+        fail(f"--wrap-mechanism {text}: write a number such as 0x210A; nothing was changed", USAGE)
+    return number
+
+
 def _refuse_other(config: MemberConfig) -> None:
-    """A section of that name that says something else is not written over."""
+    """A section of that name that says something else is not written over; nor one that could not be read again."""
     present = next((member for member in load(chosen_config()).members if member.name == config.name), None)
     if present is not None and present != config:
         raise ConfigurationError(
             f'{chosen_config()} has a [[member]] "{config.name}" with other settings; nothing was changed'
         )
+    if present is None:
+        try:
+            write.check_new_member(chosen_config(), config)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{error}; nothing was changed") from None
 
 
 def _add(
@@ -248,6 +264,12 @@ def _add(
 def member_standby(name: Name) -> None:
     """It is kept in sync and serves only when no active member can."""
     _set_role(name, Role.STANDBY)
+
+
+@member_app.command("backup")
+def member_backup(name: Name) -> None:
+    """It is kept in sync and never serves: a copy that no program reads. `activate` ends it."""
+    _set_role(name, Role.BACKUP)
 
 
 @member_app.command("activate")

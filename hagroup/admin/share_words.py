@@ -94,7 +94,10 @@ def _unseen() -> Iterator[None]:
 def _read(files: Sequence[Path], what: str) -> list[str]:
     found = []
     for file in files:
-        title, _, words = file.read_text().partition("\n")
+        try:
+            title, _, words = file.read_text(encoding="utf-8").partition("\n")
+        except UnicodeDecodeError:
+            raise ConfigurationError(f"{file} is no share; nothing was changed") from None
         if f", {what}, " in title:
             found.append(words.strip())
     if not found:

@@ -101,7 +101,7 @@ def status(found: Status) -> None:
         console.print("watchdog: watching" if found.watchdog else "watchdog: none is running")
     for member in found.members:
         if member.reason is not None:
-            since = "" if member.state == "failed" else f" (since {when(member.since)} UTC)"
+            since = "" if member.state == "failed" or not member.since else f" (since {when(member.since)} UTC)"
             text = f"{member.name}: {member.state}{since}: {member.reason}"
             paragraph(text, indent=4, style=_STYLES.get(member.state))
     _what_to_do(found)

@@ -100,6 +100,15 @@ def append_member(path: str | os.PathLike[str], member: MemberConfig) -> GroupCo
     return _rewrite(before, f"{text}{end}\n{_member(member, before.folder)}", expected)
 
 
+def check_new_member(path: str | os.PathLike[str], member: MemberConfig) -> None:
+    """:raises ConfigurationError: the file could not be read any more with that ``[[member]]`` at its end."""
+    before, text = _read(path)
+    try:
+        load_text(f"{text}\n\n{_member(member, before.folder)}", before.path)
+    except ConfigurationError as error:
+        raise ConfigurationError(str(error).partition(": ")[2]) from None  # no line of the file has it
+
+
 def remove_member(path: str | os.PathLike[str], name: str) -> GroupConfig:
     """Takes the ``[[member]]`` of that name out of the file; a comment above the section after it stays with that."""
     before, text = _read(path)

@@ -73,6 +73,8 @@ LOG_ONLY = frozenset({Kind.RECOVERY_FAILED})
 
 ALARMS = {"alarm": Kind.ALARM, OBJECT_MISSING: Kind.ALARM, OBJECT_REAPPEARED: Kind.KEY_REAPPEARED}
 """Kinds of journal events that people must hear of, and as what they are told."""
+DELIVERED = "all of the above was delivered"
+"""Text of the watchdog's own events in the journal that tell nobody anything."""
 NEARLY_FULL, ROOM = 0.1, 0.15
 """Shares of a token's memory: less than the first free is told; more than the second has to be free before that is
 over, so that one object more or less is not told again and again."""
@@ -238,6 +240,18 @@ class _Events:
                 attempt=attempt,
             )
         )
+
+
+def unreachable_from_the_start(group: str, serial: str, when: str, now: float) -> WatchEvent:
+    """Of a watchdog that never had the journal, so that nobody knows what was told, and by whom.
+
+    :param when: the minute, so that two watchdogs which begin with the host tell it under one id.
+    """
+    text = "the journal cannot be reached since this watchdog began: nothing is known of the group"
+    kind = Kind.JOURNAL_UNREACHABLE
+    return WatchEvent(
+        id=f"{serial}-{when}", kind=kind, severity="critical", group=group, serial=serial, time=now, text=text
+    )
 
 
 def decide(told: Told, sight: Sight, now: float) -> tuple[Told, list[WatchEvent]]:

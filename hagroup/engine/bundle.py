@@ -6,13 +6,16 @@ Members' PIN sources are named, never read; object labels and identifiers are an
 from __future__ import annotations
 
 import io
+import json
 import re
 import time
+import tomllib
 from pathlib import Path
 
 import msgspec
 
 from hagroup.config.load import load
+from hagroup.config.model import GroupSection, JournalSection, MemberConfig, Timeouts, WatchdogSection
 from hagroup.core.clock import Clock
 from hagroup.engine import doctor, status
 from hagroup.errors import HAError
@@ -20,7 +23,16 @@ from hagroup.journal import open_journal
 
 _EVENTS = 2000
 _HIDDEN = "(left out)"
-_SECRET_KEYS = re.compile(r"\b(init_args|command|webhook|url)\b(\s*=\s*)(\"[^\"]*\"|'[^']*'|\[[^\]]*\])")
+_PIN_SOURCES = ("file", "env")
+"""What a PIN source may name; the words of a command may be anything."""
+_SHOWN = {
+    "group": GroupSection.__struct_fields__,
+    "journal": JournalSection.__struct_fields__,
+    "timeouts": Timeouts.__struct_fields__,
+    "member": tuple(field for field in MemberConfig.__struct_fields__ if field != "init_args"),
+    "watchdog": tuple(field for field in WatchdogSection.__struct_fields__ if field not in ("hook", "webhook")),
+}
+"""Keys whose values are no secret; everything else is left out, what nobody knows too."""
 _USER_PART = re.compile(r"(\w+://)[^/@\s\"']+@")
 
 
@@ -28,8 +40,8 @@ def make(path: Path, clock: Clock) -> bytes:
     """The archive (tar.gz). What cannot be had is said in it; nothing stops it."""
     files = {"doctor.json": _encoded(list(doctor.examine(path, clock)))}
     try:
-        files["hagroup.toml"] = redacted(path.read_text()).encode()
-    except (OSError, UnicodeDecodeError) as error:
+        files["hagroup.toml"] = redacted(path.read_text(), path.absolute().parent).encode()
+    except (OSError, ValueError) as error:  # also what is no TOML, or no text
         files["hagroup.toml.txt"] = f"cannot be read: {type(error).__name__}\n".encode()
     try:
         config = load(path)
@@ -53,14 +65,48 @@ def make(path: Path, clock: Clock) -> bytes:
     return _archive(files)
 
 
-def redacted(text: str) -> str:
-    """hagroup.toml without what may hold a secret: init_args, commands, addresses of webhooks, users in addresses."""
+def redacted(text: str, folder: Path) -> str:
+    """hagroup.toml without what may hold a secret: written anew from what was read, value by value.
 
-    def hide(found: re.Match[str]) -> str:
-        keep = found[1] == "url" and re.match(r"[\"'](sqlite|etcd):", found[3])
-        return found[0] if keep else f'{found[1]}{found[2]}"{_HIDDEN}"'
+    :param folder: what relative paths in it are relative to.
+    :raises ValueError: it is not TOML, so that nobody can tell what in it is a secret.
+    """
+    lines: list[str] = []
+    for name, section in tomllib.loads(text).items():
+        for table in section if isinstance(section, list) else [section]:
+            if isinstance(table, dict):
+                lines.append(f"[[{name}]]" if isinstance(section, list) else f"[{name}]")
+                lines += [f"{_value(key)} = {_value(_shown(name, key, one, folder))}" for key, one in table.items()]
+                lines.append("")
+    return "\n".join(lines)
 
-    return _USER_PART.sub(rf"\1{_HIDDEN}@", _SECRET_KEYS.sub(hide, text))
+
+def _shown(section: str, key: str, value: object, folder: Path) -> object:
+    if key not in _SHOWN.get(section, ()):
+        return _HIDDEN
+    if key == "pin":
+        sources = value if isinstance(value, dict) else {"": value}
+        return {kind: source if kind in _PIN_SOURCES else _HIDDEN for kind, source in sources.items()}
+    if key == "env":
+        variables = value if isinstance(value, dict) else {"": value}
+        return {name: one if _is_path(one, folder) else _HIDDEN for name, one in variables.items()}
+    return _USER_PART.sub(rf"\1{_HIDDEN}@", value) if isinstance(value, str) else value
+
+
+def _is_path(value: object, folder: Path) -> bool:
+    try:
+        return isinstance(value, str) and "/" in value and (folder / value).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _value(value: object) -> str:
+    """As TOML has it."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_value(key)} = {_value(one)}" for key, one in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)
 
 
 def _encoded(document: object) -> bytes:

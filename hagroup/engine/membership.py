@@ -416,6 +416,13 @@ def set_role(journal: Journal, path: Path, name: str, role: Role) -> bool:
         for other in records.values()
     ):
         raise ConfigurationError(f'no other member than "{name}" is active{NOT_CHANGED}')
+    config = load(path)
+    holders = sum(member.name != name and member.role is not Role.BACKUP for member in config.members)
+    if role is Role.BACKUP and holders < config.group.min_replicas:
+        raise ConfigurationError(
+            f"[group] min_replicas is {config.group.min_replicas}, and {holders} members that are no backups would be "
+            f"left{NOT_CHANGED}"
+        )
     if record.role is not role:
         journal.update_member(name, role=role)
         journal.event("member role", f"{record.role.value} to {role.value}", member=name)

@@ -5,12 +5,16 @@ Everything that can be refused is refused before anything is changed; what fails
 
 from __future__ import annotations
 
+import fcntl
+import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import msgspec
 
+from hagroup.config.load import load
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig, MemberConfig, SqliteUrl
 from hagroup.config.pins import Pin
@@ -38,20 +42,65 @@ NEEDED = (CKM.AES_KEY_GEN, CKM.AES_GCM, CKM.RSA_PKCS_KEY_PAIR_GEN, CKM.RSA_PKCS_
 """Mechanisms without which a member cannot take part; its wrap mechanism comes on top."""
 
 
-def create_group(config: GroupConfig, pins: Mapping[str, Pin], so_pin: Pin, *, sealed: bool, clock: Clock) -> str:
+def create_group(
+    config: GroupConfig,
+    pins: Mapping[str, Pin],
+    so_pin: Pin,
+    *,
+    sealed: bool,
+    clock: Clock,
+    existing: Callable[[Mapping[str, int]], None] = lambda found: None,
+) -> str:
     """Make the group. Returns its serial number, which was also written into the configuration.
 
     :param pins: user PIN of each member.
-    :param so_pin: SO PIN of the first member, which speaks for the others' joining.
+    :param so_pin: SO PIN of the member that speaks for the others: the first, or the first with keys of a domain.
+    :param existing: is told how many objects members hold already, where some do, before anything is changed.
     :raises ConfigurationError: a member cannot take part; nothing was changed.
     :raises DomainMismatch: members belong to different cloning domains already; nothing was changed.
     """
+    with _alone(config):
+        return _create_group(config, pins, so_pin, sealed=sealed, clock=clock, existing=existing)
+
+
+@contextmanager
+def _alone(config: GroupConfig) -> Iterator[None]:
+    """One at a time makes a group of these members: who fails takes back what is there, also another one's.
+
+    :raises GroupUnavailable: another one is making it. :raises ConfigurationError: it was made meanwhile.
+    """
+    folder = os.open(config.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if load(config.path).group.serial is not None:
+            raise ConfigurationError(f"{config.path}: this group was created meanwhile; `ha-admin status` shows it")
+        yield
+    except BlockingIOError:
+        raise GroupUnavailable(
+            f"another ha-admin is making the group of {config.path} just now; nothing was changed"
+        ) from None
+    finally:
+        os.close(folder)
+
+
+def _create_group(
+    config: GroupConfig,
+    pins: Mapping[str, Pin],
+    so_pin: Pin,
+    *,
+    sealed: bool,
+    clock: Clock,
+    existing: Callable[[Mapping[str, int]], None],
+) -> str:
     timeout = config.timeouts.generate
     lives: dict[str, Life] = {}
     try:
         _open_all(config, pins, lives, timeout=timeout)
         _check(config, lives, timeout=timeout)
         keys = _held(config, lives, timeout=timeout)
+        if found := _objects_already(lives, timeout=timeout):
+            existing(found)
+        _officer_agrees(config, lives, keys, so_pin, timeout=timeout)
         made: dict[str, DomainKeys] = {}
         try:
             _domain(config, lives, keys, made, so_pin, sealed=sealed, timeout=timeout)
@@ -77,6 +126,17 @@ def create_domain(
         keys are never outside of a member.
     :raises ConfigurationError: a member cannot take part, or holds keys already; nothing was changed.
     """
+    with _alone(config):
+        _create_domain(config, pins, sealed=sealed, hand_out=hand_out)
+
+
+def _create_domain(
+    config: GroupConfig,
+    pins: Mapping[str, Pin],
+    *,
+    sealed: bool,
+    hand_out: Callable[[tuple[bytes, bytes]], None] | None,
+) -> None:
     timeout = config.timeouts.generate
     lives: dict[str, Life] = {}
     try:
@@ -260,6 +320,26 @@ def officer_of(member: MemberConfig, life: Life, so_pin: Pin, *, timeout: float)
         officer.connection.kill()
         raise
     return officer
+
+
+def _objects_already(lives: Mapping[str, Life], *, timeout: float) -> dict[str, int]:
+    """How many objects that are nobody's group's each member holds, where it holds some."""
+    counts = {
+        name: sum(not entry.own and not entry.ghost for entry in inventory(life.connection, timeout=timeout))
+        for name, life in lives.items()
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _officer_agrees(
+    config: GroupConfig, lives: Mapping[str, Life], held: Mapping[str, DomainKeys], so_pin: Pin, *, timeout: float
+) -> None:
+    """A group takes two people, also where no step needs what only the security officer may do: he logs in once.
+
+    :raises ConfigurationError: he does not; nothing was changed.
+    """
+    speaker = next((member for member in config.members if member.name in held), config.members[0])
+    officer_of(speaker, lives[speaker.name], so_pin, timeout=timeout).connection.close()
 
 
 def _record(

@@ -13,7 +13,7 @@ import msgspec
 from hagroup.config.model import GroupConfig, MemberConfig
 from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.records import Event, MemberRecord, Membership, OwedKind, OwedRow
-from hagroup.core.watch import detection_bound
+from hagroup.core.watch import DELIVERED, detection_bound
 from hagroup.engine.login import pin_trouble
 from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.verify import RECENT, UNMANAGED_COUNTED, unmanaged_counted
@@ -144,7 +144,7 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
         events=[
             LastEvent(time=_rfc3339(event.time), kind=event.kind, member=event.member, text=event.text)
             for event in events[-50:]
-            if event.kind != UNMANAGED_COUNTED and event.text
+            if event.kind != UNMANAGED_COUNTED and event.text not in ("", DELIVERED)
         ][-_EVENTS:],
         detection=_detection(config),
     )

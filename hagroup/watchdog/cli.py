@@ -79,7 +79,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         status = 130
     except OSError as error:
-        print(f"ha-watchdog: {error}", file=sys.stderr)
+        print(f"ha-watchdog: {f'{error.filename}: {error.strerror}' if error.filename else error}", file=sys.stderr)
         status = USAGE
     sys.exit(status if isinstance(status, int) else 0)
 

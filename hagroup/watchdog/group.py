@@ -31,6 +31,7 @@ from hagroup.core.watch import (
     detection_bound,
     lease_time,
     pause_before,
+    unreachable_from_the_start,
 )
 from hagroup.engine import consistency
 from hagroup.engine.group import GroupEngine
@@ -113,6 +114,7 @@ class GroupWatch:
         self._log_check_due = 0.0
         self._trouble: str | None = None
         self._was_active: bool | None = None
+        self._blind_since_start = False
 
     def _blank(self) -> Report:
         section, probe = self.config.watchdog, self.config.timeouts.probe
@@ -196,18 +198,32 @@ class GroupWatch:
             active = self._hold_lease()
         except JournalUnavailable:
             if self._engine is None:
+                self._without_journal()
                 raise
             active = blind = True  # it was the active one, and people must hear of this
         if active != self._was_active:
             log.info("watchdog.active" if active else "watchdog.standing-by", group=self.config.group.label)
             self._was_active = active
         if not active:
+            self._blind_since_start = False  # the active one tells
             self._drop_engine()
-            self._publish(msgspec.structs.replace(self.report, active=False, status=None))
+            self._publish(msgspec.structs.replace(self.report, active=False, status=None, journal=True))
             return
         if self._engine is None:
             self._take_up()
         self._watch(blind=blind)
+
+    def _without_journal(self) -> None:
+        """Where it never was there, nobody may be the active one who would tell."""
+        if self._was_active is not None or self._blind_since_start:
+            return
+        self._blind_since_start = True
+        group = self.config.group
+        when = f"{self.clock.boot_id()}-{self.clock.boot() // 60:.0f}"
+        event = unreachable_from_the_start(group.label, group.serial or "", when, self.clock.wall())
+        self._teller.tell(event)
+        self._events = [*self._events[-49:], event]
+        self._publish(msgspec.structs.replace(self.report, journal=False, events=tuple(self._events)))
 
     def _hold_lease(self) -> bool:
         if self._journal is None:
@@ -233,6 +249,9 @@ class GroupWatch:
         )
         self._engine, self._heart = engine, Heart(engine)
         self._told = recall(self._journal)
+        if self._blind_since_start:
+            self._told = msgspec.structs.replace(self._told, journal_down=True)  # so that its end is told
+            self._blind_since_start = False
         self._log_check_due = 0.0
         for event in self._told.undelivered:  # the one before may not have come to it
             self._teller.tell(event)

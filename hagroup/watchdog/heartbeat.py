@@ -15,6 +15,7 @@ from hagroup.core.records import LoginState, Membership
 from hagroup.core.states import State
 from hagroup.core.watch import ALARMS, Noted, Seen, Sight, Told
 from hagroup.engine.group import GroupEngine
+from hagroup.engine.leaving import BEING_REMOVED
 from hagroup.engine.member import Life, Member
 from hagroup.engine.opening import CONNECTION_LOST
 from hagroup.engine.status import owed_by_member
@@ -198,6 +199,8 @@ def _sight(
 def _members(engine: GroupEngine, beats: Mapping[str, Beat]) -> list[Seen]:
     found = []
     for name, record in engine.view.members.items():
+        if record.membership is Membership.QUARANTINED and record.reason == BEING_REMOVED:
+            continue  # as somebody wants it; where that was cut off, `journal todo` has it
         member = engine.roster.members.get(name)
         if member is None:
             reason = "it is not in hagroup.toml of this host"

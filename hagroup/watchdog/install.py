@@ -35,7 +35,12 @@ def _own_command() -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """All or nothing; what an administrator changed by hand is kept beside it."""
+    """All or nothing; what an administrator changed by hand is kept beside it.
+
+    :raises ConfigurationError: there is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"{path.parent} is no folder: systemd is not here, or name its folder with --into")
     if path.exists() and path.read_text(encoding="utf-8") != text:
         path.replace(path.with_name(f"{path.name}.before"))
     temporary = path.with_name(f".{path.name}.new")

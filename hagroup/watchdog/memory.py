@@ -12,7 +12,7 @@ import msgspec
 
 from hagroup.config.logging import get_logger
 from hagroup.core.records import Event, Lease
-from hagroup.core.watch import Told, WatchEvent
+from hagroup.core.watch import DELIVERED, Told, WatchEvent
 from hagroup.engine.consistency import JOURNAL_REBUILT
 from hagroup.journal.api import Journal
 
@@ -50,7 +50,7 @@ def remember(journal: Journal, told: Told, events: Sequence[WatchEvent], *, leas
 
     :param lease: of the active watchdog, under which all this is told.
     """
-    text = "; ".join(event.text for event in events) or "all of the above was delivered"
+    text = "; ".join(event.text for event in events) or DELIVERED
     member = events[0].member if len(events) == 1 else None
     data = {_TOLD: msgspec.json.encode(told).decode(), _FENCE: str(lease.token)}
     journal.event(KIND, text, member=member, data=data)

@@ -57,8 +57,8 @@ def _shown(report: Report) -> dict[str, Any]:
     """What ``ha-admin status --json`` has, and what only a watchdog knows."""
     found: dict[str, Any] = {} if report.status is None else msgspec.to_builtins(report.status)
     found.setdefault("group", {"label": report.label, "serial": report.serial, "state": "unknown", "in_sync": None})
-    if "journal" in found:
-        found["journal"]["ok"] = report.journal
+    if "journal" in found or not report.journal:
+        found.setdefault("journal", {})["ok"] = report.journal
     for member in found.get("members", []):
         beat = report.beats.get(member["name"])
         member["heartbeat"] = None if beat is None else msgspec.to_builtins(beat)

@@ -13,9 +13,12 @@ from pathlib import Path
 from sdnotify import SystemdNotifier
 
 from hagroup.config.logging import get_logger
-from hagroup.config.model import Endpoint
+from hagroup.config.model import Endpoint, GroupConfig
 from hagroup.core.watch import lease_time
-from hagroup.errors import ConfigurationError
+from hagroup.engine.status import Status, gather, without_journal
+from hagroup.errors import ConfigurationError, JournalUnavailable
+from hagroup.journal import open_journal
+from hagroup.journal.clock import SystemClock
 from hagroup.watchdog import lines
 from hagroup.watchdog.group import GroupWatch, Report
 from hagroup.watchdog.metrics import Metrics
@@ -26,6 +29,20 @@ log = get_logger(__name__)
 STOP_TIME = 4.0
 """Seconds for an orderly end; the promise is 5."""
 _LOOK = 1.0
+
+
+def _looked_at(config: GroupConfig) -> Status:
+    """By this process alone, as ``ha-admin status`` does: another watchdog is active, or the journal is away."""
+    try:
+        journal = open_journal(config.journal, clock=SystemClock())
+    except JournalUnavailable as error:
+        return without_journal(config, str(error))
+    try:
+        return gather(config, journal)
+    except JournalUnavailable as error:
+        return without_journal(config, str(error))
+    finally:
+        journal.close()
 
 
 class Service:
@@ -92,13 +109,14 @@ class Service:
             for _ in range(watch.config.watchdog.threshold):
                 watch.step()
             report = watch.report
-            state = "unknown" if report.status is None else report.status.group.state
-            if not report.active:
-                state = "watched by another"
-            print(f"{report.label} ({report.serial}): {state}; a failure is told within {report.bound:g} s")
-            for member in report.status.members if report.status is not None else ():
+            status = report.status or _looked_at(watch.config)
+            whole = report.journal and status.journal.ok
+            also = ", the journal cannot be reached" if not whole else "" if report.active else ", watched by another"
+            state = status.group.state
+            print(f"{report.label} ({report.serial}): {state}{also}; a failure is told within {report.bound:g} s")
+            for member in status.members:
                 print(f"  {member.name}: {member.state}{'' if member.in_sync else ', out of sync'}")
-            worst = max(worst, {"ok": 0, "watched by another": 0, "down": 3}.get(state, 1))
+            worst = max(worst, 3 if state == "down" else 0 if state == "ok" and whole else 1)
             watch.stop()
             watch.run()
         return worst
@@ -134,7 +152,7 @@ class Service:
             try:
                 self._pages[endpoint] = Page(endpoint, self.board, self.metrics.render)
             except OSError as error:  # watching matters more than being looked at
-                log.error("page.not-opened", address=str(endpoint), reason=os.strerror(error.errno or 0))
+                log.error("page.not-opened", address=str(endpoint), reason=error.strerror or str(error))
             else:
                 log.info("page.opened", address=self._pages[endpoint].address)
 

@@ -172,6 +172,7 @@ def test_journal_that_is_not_there(group: GroupFixture) -> None:
         done = run("--config", str(group.toml), "status")
         assert done.returncode == DEGRADED
         assert "not reachable" in done.stdout
+        assert "since" not in done.stdout, "that is not known without the journal"
         assert str(journal) in done.stdout.replace("\n", "")
         document = json.loads(run("--config", str(group.toml), "status", "--json").stdout)
         assert document["journal"]["ok"] is False

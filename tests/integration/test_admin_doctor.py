@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hagroup.engine import bundle
 from tests.support import plain
 from tests.support.groups import GroupFixture, make_group, run_client, wait_until
 
@@ -73,6 +75,46 @@ def test_bundle(shared: GroupFixture, tmp_path: Path) -> None:
     broken.chmod(0o600)
     command = [sys.executable, "-m", "hagroup.admin.cli", "--config", broken, "doctor", "--bundle", tmp_path / "second"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+SECRETS = r"""
+[group]
+label = "payments"  # formerly SECRET-0
+[[member]]
+name = "hsm1"
+module = "/usr/lib/vendor.so"
+"init_args" = "quoted \" SECRET-1"
+pin = { command = ["get]", "SECRET-2"] }
+env = { VENDOR_PASSWORD = "SECRET-3", VENDOR_CONF = "vendor.conf", HERE = "./hagroup.toml", GONE = "a/SECRET-4" }
+[[member]]
+name = "hsm2"
+init_args = '''
+SECRET-5
+'''
+pin = "SECRET-6"
+pim = { file = "SECRET-7" }
+[watchdog]
+interval = 5.0
+hook = ["/usr/bin/tell", "--token", "SECRET-8"]
+webhook = { url = "https://host/SECRET-9", secret_file = "secret" }
+[watchdgo]
+webhook = { url = "SECRET-10" }
+"""
+
+
+def test_nothing_that_may_be_a_secret_is_in_a_bundle(tmp_path: Path) -> None:
+    """However it is written; what nobody knows is left out, too."""
+    (tmp_path / "hagroup.toml").write_text(SECRETS)
+    shown = bundle.redacted(SECRETS, tmp_path)
+    assert "SECRET" not in shown
+    found = tomllib.loads(shown)
+    assert found["group"] == {"label": "payments"}
+    assert [one["name"] for one in found["member"]] == ["hsm1", "hsm2"]
+    assert found["member"][0]["module"] == "/usr/lib/vendor.so"
+    assert found["member"][0]["env"]["HERE"] == "./hagroup.toml", "a path helps who reads it"
+    assert found["watchdog"]["interval"] == 5.0
+    with pytest.raises(ValueError, match="Invalid"):
+        bundle.redacted("pin = SECRET", tmp_path)
 
 
 def test_doctor_names_what_is_wrong(shared: GroupFixture) -> None:

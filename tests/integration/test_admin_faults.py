@@ -50,11 +50,16 @@ ASKING = {
 CHANGING = {
     "journal note": ["a note"],
     "member standby hsm2": [],
+    "member backup hsm2": [],
     "member activate hsm2": [],
     "member drain hsm2": [],
     "member resume hsm2": [],
     "backup restore --yes": ["{folder}/backup"],
     "domain join hsm2": ["--so-pin-file", "{folder}/so-pin"],
+    "domain shares --shares 2-of-3 --yes": [
+        *("--shares-folder", "{folder}/new-shares"),
+        *("--so-pin-file", "{folder}/so-pin"),
+    ],
     "domain rotate --yes": ["--so-pin-file", "{folder}/so-pin"],
     "member remove hsm3 --yes": [],
     "group delete --yes": [],
@@ -67,6 +72,7 @@ ALONE = (
     "journal adopt --yes",
     "backup restore --yes",
     "domain join hsm2",
+    "domain shares --shares 2-of-3 --yes",
     "domain rotate --yes",
     "member remove hsm3 --yes",
     "clear --yes",
@@ -81,7 +87,6 @@ def test_every_command_is_in_the_matrix() -> None:
     elsewhere = {  # they need a new token, tokens without a group, or people
         "member add": "test_admin_members",
         "domain create": "test_admin_domain_create",
-        "domain shares": "test_admin_domain",
         "group join": "test_group_join",
         "journal move": "test_journal_move",
     }
@@ -128,6 +133,7 @@ class Matrix:
         words = [word.replace("{folder}", str(self.group.folder)) for word in [*line.split(), *more]]
         before = [] if self.toml is None else ["--config", str(self.toml)]
         (self.group.folder / "new-backup").unlink(missing_ok=True)
+        shutil.rmtree(self.group.folder / "new-shares", ignore_errors=True)
         return run_here(self.monkeypatch, self.capsys, *before, *words)
 
     def refused(self, line: str, more: list[str], *statuses: int) -> str:
@@ -223,6 +229,7 @@ def test_one_member_down(changed: Matrix) -> None:
         *READING,
         "domain show",
         "member standby hsm2",
+        "member backup hsm2",
         "member activate hsm2",
         "member resume hsm2",
         "journal note",
@@ -230,6 +237,7 @@ def test_one_member_down(changed: Matrix) -> None:
         "backup restore --yes",
         "sync --adopt",
         "member drain hsm2",
+        "domain shares --shares 2-of-3 --yes",
     ]
     for line, more in ALL.items():
         status, out, err = changed.run(line, more)
@@ -254,7 +262,8 @@ def test_one_member_down(changed: Matrix) -> None:
 def test_all_members_down(group: Matrix) -> None:
     for name in group.group.members:
         group.group.take_away(name)
-    journal_alone = ("journal note", "member resume hsm2", "member standby hsm2", "member activate hsm2")
+    journal_alone = ("journal note", "member resume hsm2", "member standby hsm2", "member backup hsm2")
+    journal_alone += ("member activate hsm2",)
     try:
         for line, more in {**ASKING, **CHANGING, "status": []}.items():
             status, out, err = group.run(line, more)

@@ -83,6 +83,16 @@ def test_members_come_and_go_under_a_running_application(new_group: Callable[...
             wait_until(lambda: not roster.members["hsm3"].standby, "active again")
             assert group.admin("status").returncode == 0
 
+            assert group.admin("member", "backup", "hsm3").returncode == 0
+            wait_until(lambda: "hsm3" not in serving(), "a backup never serves")
+            assert tomllib.loads(group.toml.read_text())["member"][2]["role"] == "backup"
+            refused = group.admin("member", "backup", "hsm2")
+            assert refused.returncode == 2 and "min_replicas is 2" in refused.stderr, refused.stderr
+            session.generate_key(KeyType.AES, 128, store=True, label="made for the backup")
+            wait_until(lambda: "made for the backup" in plain.labels(member), "a backup is kept in sync")
+            assert group.admin("member", "activate", "hsm3").returncode == 0
+            wait_until(lambda: "hsm3" in serving(), "it serves again")
+
             removed = group.admin("member", "remove", "hsm3", "--yes")
             assert removed.returncode == 0, removed.stderr
             wait_until(lambda: "hsm3" not in roster.members, "it is gone here")

@@ -20,7 +20,9 @@ from tests.support import plain
 from tests.support.faults import FaultControl, build_interposer, fault_env
 from tests.support.faulty import set_timeouts
 from tests.support.groups import PIN, SO_PIN, GroupFixture, make_group
+from tests.support.newcomers import tamper
 from tests.support.softhsm import SOFTHSM, TokenFixture, make_token
+from tests.support.terminal import Terminal
 
 COUNT_LOW = 0x10000
 LIBC = next(Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "libc.so" in line)
@@ -234,6 +236,54 @@ def test_wrong_pin_for_all_when_creating(tokens: Tokens) -> None:
     tokens.check_untouched()
 
 
+def test_wrong_so_pin_when_creating(tokens: Tokens) -> None:
+    """The second person is asked also where the keys could be made without him."""
+    private(tokens.so_pin, "99999999")
+    line = one_sentence(tokens.create(), 2)
+    assert 'member "hsm1" refused the SO PIN' in line and "nothing was changed" in line
+    assert "99999999" not in line
+    tokens.check_untouched()
+
+
+def test_objects_that_members_hold_already(tokens: Tokens) -> None:
+    """A person says what becomes of them; in a script they stay where they are, and it is said."""
+    program = "session.generate_key(KeyType.AES, 128, store=True, label='mine', template={Attribute.EXTRACTABLE: True})"
+    tamper(tokens.plain("hsm2"), program)
+    before = plain.labels(tokens.plain("hsm2"))
+    stopped = one_sentence(tokens.create("--existing", "stop"), 2)
+    assert "1 on hsm2" in stopped and "nothing was changed" in stopped
+    config = ["--config", str(tokens.group.toml), "group", "create", "--so-pin-file", str(tokens.so_pin)]
+    terminal = Terminal([Path(sys.executable).with_name("ha-admin"), *config])
+    terminal.expect("[y/N]")
+    terminal.send("y\n")
+    terminal.expect("1 on hsm2: copy them to all members, leave them, or stop? [stop]")
+    terminal.send("what?\n")
+    terminal.send("\n")
+    assert terminal.end() == 2, terminal.text
+    assert (plain.labels(tokens.plain("hsm1")), plain.labels(tokens.plain("hsm2"))) == ([], before)
+    assert not list(tokens.folder.glob("journal*"))
+    left = tokens.create()
+    assert left.returncode == 0 and "stay as they are" in left.stdout, left.stderr
+    assert plain.labels(tokens.plain("hsm1")) == []
+    assert GroupFixture(tokens.folder / "hagroup.toml").admin("group", "delete", "--yes").returncode == 0
+    copied = tokens.create("--existing", "copy")
+    assert copied.returncode == 0 and "1 objects adopted" in copied.stdout, copied.stdout + copied.stderr
+    assert plain.labels(tokens.plain("hsm1")) == plain.labels(tokens.plain("hsm2")) == ["mine"]
+
+
+def test_created_by_two_at_once(tokens: Tokens) -> None:
+    """One makes it; the other one is refused, and takes nothing of it back."""
+    command = [sys.executable, "-m", "hagroup.admin.cli", "--config", str(tokens.group.toml)]
+    create = [*command, "group", "create", "--yes", "--so-pin-file", str(tokens.so_pin)]
+    both = [subprocess.Popen(create, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = [(*process.communicate(timeout=120), process.returncode) for process in both]
+    statuses = sorted(status for _, _, status in ended)
+    assert statuses[0] == 0 and statuses[1] in (2, 3), ended
+    shown = subprocess.run([*command, "domain", "show"], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0 and shown.stdout.count("by itself") == 2, shown.stdout
+    assert len(plain.objects(tokens.plain("hsm1"), own=True)) >= 5, "keys, transport key, manifest, configuration"
+
+
 def test_pin_that_is_not_given(tokens: Tokens) -> None:
     tokens.pin_sources = False
     assert "--pin-file" in one_sentence(tokens.create(), 2)
@@ -298,6 +348,31 @@ def test_unknown_command_and_option(existing: GroupFixture) -> None:
         assert done.returncode == 2
         assert done.stderr
         assert "Traceback" not in done.stderr
+
+
+NEW = "--token-serial 1 --yes --pin-file {folder}/hsm1/pin"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"member add new --module {SOFTHSM} {NEW} --wrap-mechanism zz", "--wrap-mechanism zz: write a number"),
+        (f"member add new --module {SOFTHSM} {NEW} --wrap-mechanism -1", "--wrap-mechanism -1: write a number"),
+        (f"member add new --module {SOFTHSM} {NEW} --env 1X=y", "env.1X must be the name of an environment variable"),
+        (f"member add n@w --module {SOFTHSM} {NEW}", 'name must be made of 1 to 64 letters, digits, ".", "_" or "-"'),
+        ("domain shares --check --share-file {softhsm}", "is no share; nothing was changed"),
+        ("sync --label key", "--label goes with --adopt"),
+        ("journal note text --done hsm1 --to-do hsm1", "member hsm1 is named twice"),
+        ("backup create {folder}/none/file", "/none/file cannot be written: No such file or directory"),
+        ("backup restore {folder}/none --yes", "/none: No such file or directory"),
+        ("doctor --bundle {folder}/hagroup.toml", "/hagroup.toml exists already and is not overwritten"),
+    ],
+)
+def test_options_that_cannot_be(existing: GroupFixture, words: str, said: str) -> None:
+    before = existing.toml.read_text()
+    done = existing.admin(*(one.format(folder=existing.folder, softhsm=SOFTHSM) for one in words.split()))
+    assert said in one_sentence(done, 2)
+    assert existing.toml.read_text() == before
 
 
 def test_created_twice(existing: GroupFixture) -> None:

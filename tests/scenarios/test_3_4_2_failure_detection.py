@@ -16,13 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from hagroup.core.records import LoginState
+from hagroup.core.records import LoginState, Membership
+from hagroup.engine.leaving import BEING_REMOVED
 from hagroup.journal import SqliteJournal
 from tests.support.groups import GroupFixture, make_group, wait_until
 from tests.support.watchdogs import (
     BOUND,
     INTERVAL,
     Receiver,
+    Watchdog,
     configure,
     events,
     free_port,
@@ -207,6 +209,76 @@ def test_journal_away_and_back_is_told_and_members_are_watched_meanwhile(group: 
     ]
 
 
+def test_fewer_than_min_replicas_and_none_at_all_are_told_once(fast_folder: Path) -> None:
+    group = make_group(fast_folder / "levels")  # of which nothing was told before
+    hook, told = make_hook(group.folder)
+    configure(group, hook)
+    with watching(group):
+        for name, last in (("hsm2", "group degraded"), ("hsm3", "below min_replicas"), ("hsm1", "all members lost")):
+            group.take_away(name)
+            wait_until(lambda last=last: last in kinds(told), last)
+        assert group.admin("status").returncode == 3
+        group.bring_back("hsm1")
+        wait_until(lambda: "group serves again" in kinds(told), "that one serves")
+        group.bring_back("hsm2")
+        wait_until(lambda: "min_replicas reached" in kinds(told), "that enough serve")
+        group.bring_back("hsm3")
+        wait_until(lambda: "group whole" in kinds(told), "that all serve")
+        shown = group.admin("status").stdout
+        assert "has all of its members in service" in shown
+        assert "was delivered" not in shown, "people are shown what happened"
+    levels = [kind for kind in kinds(told) if not kind.startswith("member ")]
+    assert [kind for kind in levels if kind not in ("out of sync", "resync done")] == [
+        "group degraded",
+        "below min_replicas",
+        "all members lost",
+        "group serves again",
+        "min_replicas reached",
+        "group whole",
+    ]
+    assert kinds(told).count("member failed") == kinds(told).count("member recovered") == 3
+
+
+def test_a_watchdog_that_begins_without_the_journal_tells_it(fast_folder: Path) -> None:
+    group = make_group(fast_folder / "blind")
+    hook, told = make_hook(group.folder)
+    port = free_port()
+    configure(group, hook, f'listen = "127.0.0.1:{port}"')
+    (group.folder / "journal.db").rename(group.folder / "journal.away")
+    watchdog = Watchdog(group)
+    try:
+        wait_until(lambda: "journal unreachable" in kinds(told), "saying so")
+        (shown,) = json.loads(get(port, "/status.json"))["groups"]
+        assert (shown["journal"]["ok"], shown["watchdog"]["active"]) == (False, False)
+        (group.folder / "journal.away").rename(group.folder / "journal.db")
+        wait_until(lambda: "journal back" in kinds(told), "return")
+    finally:
+        watchdog.end()
+    assert kinds(told) == ["journal unreachable", "journal back"]
+
+
+def test_a_member_that_is_being_removed_is_no_alarm(fast_folder: Path) -> None:
+    """It leaves by way of a quarantine, which may take as long as it has objects."""
+    group = make_group(fast_folder / "leaving")
+    hook, told = make_hook(group.folder)
+    configure(group, hook)
+    journal = SqliteJournal.open(group.folder / "journal.db")
+    try:
+        with watching(group):
+            journal.update_member("hsm3", draining=True)
+            journal.update_member("hsm3", membership=Membership.QUARANTINED, reason=BEING_REMOVED)
+            group.take_away("hsm2")
+            wait_until(lambda: "member failed" in kinds(told), "heartbeats")
+            group.bring_back("hsm2")
+            wait_until(lambda: "group whole" in kinds(told), "more of them")
+            journal.update_member("hsm3", membership=Membership.QUARANTINED, reason="another token")
+            wait_until(lambda: "member quarantined" in kinds(told), "that any other quarantine is told")
+    finally:
+        journal.close()
+    (event,) = [event for event in events(told) if event["member"] == "hsm3"]
+    assert (event["kind"], event["text"]) == ("member quarantined", "member hsm3 is quarantined: another token")
+
+
 def test_given_up_after_so_many_attempts(group: GroupFixture) -> None:
     hook, told = make_hook(group.folder)
     configure(group, hook, "retry = 2", log_style="luna")
@@ -240,6 +312,14 @@ def test_once(group: GroupFixture, fast_folder: Path) -> None:
     bad = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert bad.returncode == 1
     assert "hsm1: failed" in bad.stdout
+    with watching(group):
+        stands_by = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (stands_by.returncode, "watched by another" in stands_by.stdout) == (1, True), stands_by
+    assert "hsm1: failed" in stands_by.stdout, "who only looks says what is wrong, too"
+    (group.folder / "journal.db").rename(group.folder / "journal.away")
+    blind = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    (group.folder / "journal.away").rename(group.folder / "journal.db")
+    assert (blind.returncode, "the journal cannot be reached" in blind.stdout) == (1, True), blind
     none = subprocess.run(
         [*command[:3], "--config", "/no/such"], capture_output=True, text=True, timeout=60, check=False
     )
