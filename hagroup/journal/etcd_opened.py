@@ -86,6 +86,8 @@ class EtcdOpened(Writer):
             self._mirror.stop()
             self._leave()
             raise self._mirror.head.sealed.refusal_to_open(self._client.url)
+        if not self._read_only:
+            self._tidy()
 
     # -- owners --------------------------------------------------------------------------------------------------
 
@@ -107,6 +109,16 @@ class EtcdOpened(Writer):
             self.former_owners |= {earlier.owner}
             earlier.release()
         self._lease, self.owner = lease, registration.owner
+
+    def _tidy(self) -> None:
+        """Files of this host's dead, of whom no row tells any more: every program leaves some."""
+
+        def referenced(names: Collection[str]) -> Collection[str]:
+            rows = (row for document in self._mirror.documents() for row in document.owed.values())
+            return {one.worker for row in rows for one in row.attempts if one.worker is not None} & set(names)
+
+        with contextlib.suppress(OSError):
+            owners.clean(_locks(self._client.url.name), referenced)
 
     def _keep_alive(self) -> bool:
         """By the mirror's thread, every few seconds. False: it was frozen or cut off for so long that it is a new owner

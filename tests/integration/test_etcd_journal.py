@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from hagroup.config.model import JournalSection
 from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import EtcdJournal, etcd_opened
+from hagroup.journal.api import Asking
 from hagroup.journal.etcd_client import EtcdClient, Unanswered, b64
 from hagroup.journal.etcd_mirror import TTL
 from tests.support.etcd import EtcdBackend, one_node
@@ -238,6 +239,23 @@ def test_an_outcome_that_nobody_can_tell_is_settled_later(
     assert other.claim([("a", record.uid)], worker=None, membership_revision=1)
     assert confirm(other, installed("a", record)) == [True]
     assert other.go_live(left[0].id, needed=1, serving=["a"])
+
+
+def test_lock_files_of_the_dead_go_when_no_row_tells_of_them(backend: EtcdBackend) -> None:
+    """Else each program that ends leaves some for ever."""
+    journal, other = backend.open(), backend.open()
+    folder = etcd_opened._locks(backend.section.url.name)
+    asked, idle = other.worker_lock("a")[0], other.worker_lock("b")[0]
+    record = new_object()
+    asking = [Asking(member="a", worker=asked)]
+    other.begin_create([record], asking=asking, membership_revision=revision_of(journal))
+    owner = other.owner
+    other.close()
+    later = backend.open()
+    left = set(os.listdir(folder))
+    assert not {idle, owner} & left
+    assert {asked, journal.owner, later.owner} <= left
+    assert later.worker_dead(asked), "proved by its file"
 
 
 def test_what_was_never_live_is_destroyed_without_waiting(backend: EtcdBackend) -> None:
