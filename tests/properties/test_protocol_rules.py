@@ -364,3 +364,21 @@ def test_what_was_made_since_a_member_was_connected_is_not_taken_for_lost(
     assert member.life is not life, "it looked again, in another life"
     assert [event.kind for event in b.real.events(limit=100) if event.kind == OBJECT_MISSING] == []
     assert [len(held(member)) for member in world.members.values()] == [1, 1, 1]
+
+
+def test_a_forked_child_sees_what_changed_while_it_read_the_group(world: Simulation) -> None:
+    """It counted as seen, and the child went on with the members of before until something else changed."""
+    a, b = world.client("A"), world.client("B")
+    a.ready()
+    view = a.engine.view
+    load = view._load_members
+
+    def read() -> None:
+        load()
+        b.real.update_member("hsm2", draining=True)
+
+    view._load_members = read  # type: ignore[method-assign]
+    view.renew_after_fork()
+    view._load_members = load  # type: ignore[method-assign]
+    view.refresh()
+    assert view.members["hsm2"].draining
