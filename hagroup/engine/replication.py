@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
@@ -16,7 +17,7 @@ from hagroup.core.records import GroupRecord, Intent, ObjectRecord
 from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Outcome, Result
 from hagroup.errors import GroupReadOnly, GroupUnavailable, HAError, JournalMismatch, JournalUnavailable
-from hagroup.journal.api import Asking, NoLongerLive, StaleMembership
+from hagroup.journal.api import Asking, Busy, NoLongerLive, StaleMembership
 
 if TYPE_CHECKING:
     from hagroup.engine.group import GroupEngine
@@ -34,6 +35,7 @@ class Replication:
         self._roster = group.roster
         self._journal = group.journal
         self._settings = group.config.group
+        self._numbers = itertools.count(1)
 
     def targets(self) -> list[tuple[Member, Life]]:
         """Members that can be asked now, nearest first."""
@@ -72,7 +74,7 @@ class Replication:
     def begin(
         self,
         uids: Sequence[bytes],
-        start: Callable[[Sequence[Asking], int], T],
+        start: Callable[[Sequence[Asking], int, str], T],
         usable: Callable[[Member], bool] = lambda member: True,
         prepare: Callable[[GroupRecord], None] = lambda group: None,
     ) -> tuple[T, list[tuple[Member, Life]]]:
@@ -80,9 +82,13 @@ class Replication:
 
         The rows of all these members count as in flight: ``self.ended`` for each when it was asked, or is not asked.
 
+        :param start: gets the mark of the intent that it opens, if it does. What comes in between (Ctrl-C, a signal's
+            handler that raises) comes when the journal has just written it down: nobody would know of the intent, and
+            the object would be neither used nor changed by anybody as long as this process lives.
         :param prepare: called before each try with the group as of the membership revision that the try compares.
         """
         in_flight = self._group.replicator.in_flight
+        mark = f".{self._journal.owner}.{next(self._numbers)}"
         self._group.follow()
         while True:
             self.refuse_if_degraded()
@@ -96,13 +102,17 @@ class Replication:
             rows = [(member.name, uid) for member, _ in targets for uid in uids]
             in_flight.begin(rows)
             try:
-                return start(asking, now.membership_revision), targets
+                return start(asking, now.membership_revision, mark), targets
             except StaleMembership:
                 in_flight.end(rows)
                 self._group.view.refresh(always=True)
                 self._roster.follow_journal()
+            except (HAError, Busy, NoLongerLive):
+                in_flight.end(rows)
+                raise
             except BaseException:
                 in_flight.end(rows)
+                self._group.supervisor.interrupted(mark)
                 raise
 
     def ended(self, member: Member, uids: Sequence[bytes]) -> None:
@@ -144,8 +154,8 @@ class Replication:
         try:
             intent, targets = self.begin(
                 uids,
-                lambda asking, revision: self._journal.begin_create(
-                    records, asking=asking, membership_revision=revision
+                lambda asking, revision, mark: self._journal.begin_create(
+                    records, asking=asking, membership_revision=revision, mark=mark
                 ),
                 prepare=seal_anew,
             )

@@ -408,6 +408,9 @@ class Resync:
     def unresolved(self, intent: str) -> None:
         self._recovery.unresolved(intent)
 
+    def interrupted(self, mark: str) -> None:
+        self._recovery.interrupted(mark)
+
     def recover_intents(self) -> bool:
         """True: some were brought to an end, and members may owe something by that."""
         return self._recovery.recover_intents()

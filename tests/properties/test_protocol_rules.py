@@ -382,3 +382,36 @@ def test_a_forked_child_sees_what_changed_while_it_read_the_group(world: Simulat
     view._load_members = load  # type: ignore[method-assign]
     view.refresh()
     assert view.members["hsm2"].draining
+
+
+@pytest.mark.parametrize("method", ["begin_create", "begin_set", "destroy"])
+def test_an_interruption_while_the_journal_writes_it_down(world: Simulation, method: str) -> None:
+    """Ctrl-C, or a signal's handler that raises: the program goes on, and so does what it had begun."""
+    a, b = world.client("A"), world.client("B")
+    uid = make(a)
+    original = getattr(a.journal, method)
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        setattr(a.journal, method, original)
+        original(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    setattr(a.journal, method, call)
+    with pytest.raises(KeyboardInterrupt):
+        if method == "begin_create":
+            make(a, b"other")
+        elif method == "begin_set":
+            a.ready().set(uid, [(int(CKA.LABEL), b"new")])
+        else:
+            a.ready().destroy(uid)
+    wait(world, a, 10.0)
+    wait(world, b, 10.0)
+    assert not world.journal.intents()
+    assert not world.journal.owed()
+    label = {"begin_create": b"key", "begin_set": b"new"}.get(method)
+    for client in (a, b):
+        assert len(client.ready().find({})) == (label is not None)
+        if label is not None:
+            assert client.ready().get(uid, [int(CKA.LABEL)])[0] == {int(CKA.LABEL): label}
+    for member in world.members.values():
+        assert [item.label for item in held(member)] == ([label] if label else [])
