@@ -60,11 +60,12 @@ class Recovery:
                 if intent.owner != self._journal.owner:
                     if self._journal.owner_alive(intent.owner):
                         continue
+                    self._unresolved.add(intent.id)  # before: no answer may come
                     adopted = self._journal.adopt_intent(intent.id)
                     if adopted is None:
+                        self._unresolved.discard(intent.id)
                         continue
                     intent = adopted
-                    self._unresolved.add(intent.id)
                 try:
                     recovered |= self._recover(intent, told)
                 except StaleMembership:

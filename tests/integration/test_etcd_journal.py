@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -204,11 +204,8 @@ def test_an_answer_that_is_lost_is_found_out(
     assert [one.id for one in journal.intents()] == [intent.id], "once"
 
 
-@pytest.mark.parametrize("carried_out", [True, False])
-def test_an_outcome_that_nobody_can_tell_is_settled_later(
-    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch, carried_out: bool
-) -> None:
-    journal, other = backend.open(), backend.open()
+def cut_off_in_a_transaction(journal: EtcdJournal, *, carried_out: bool) -> Callable[..., object]:
+    """In place of ``EtcdClient.call``: the next transaction gets no answer, and from then on nobody answers."""
     original, away = EtcdClient.call, []
 
     def cut_off(self: EtcdClient, path: str, body: dict, **more: object) -> object:
@@ -222,6 +219,15 @@ def test_an_outcome_that_nobody_can_tell_is_settled_later(
             raise Unanswered("cut off")
         return original(self, path, body, **more)  # type: ignore[arg-type]
 
+    return cut_off
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_an_outcome_that_nobody_can_tell_is_settled_later(
+    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch, carried_out: bool
+) -> None:
+    journal, other = backend.open(), backend.open()
+    cut_off = cut_off_in_a_transaction(journal, carried_out=carried_out)
     record = new_object()
     with monkeypatch.context() as patched:
         patched.setattr(EtcdClient, "call", cut_off)
@@ -239,6 +245,23 @@ def test_an_outcome_that_nobody_can_tell_is_settled_later(
     assert other.claim([("a", record.uid)], worker=None, membership_revision=1)
     assert confirm(other, installed("a", record)) == [True]
     assert other.go_live(left[0].id, needed=1, serving=["a"])
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_a_login_of_which_nobody_can_tell_whether_it_was_announced(
+    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch, carried_out: bool
+) -> None:
+    """It was not made. As long as it counted as under way nobody could log in there, on any host."""
+    journal, other = backend.open(), backend.open()
+    with monkeypatch.context() as patched:
+        patched.setattr(EtcdClient, "call", cut_off_in_a_transaction(journal, carried_out=carried_out))
+        with pytest.raises(JournalOutcomeUnknown):
+            journal.begin_login("a", "file:pin", "stamp", clear=True)
+    journal._settle_later()
+    assert other.begin_login("a", "file:pin", "stamp", clear=True) is None
+    journal._settle_later()
+    refused = journal.begin_login("a", "file:pin", "stamp", clear=True)
+    assert refused is not None and refused.owner == other.owner, "that one is under way"
 
 
 def test_lock_files_of_the_dead_go_when_no_row_tells_of_them(backend: EtcdBackend) -> None:

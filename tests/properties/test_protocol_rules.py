@@ -16,10 +16,11 @@ from hagroup.core.attributes import CKA, CKM, CKO, pack_ulong
 from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
 from hagroup.core.records import OBJECT_MISSING, Membership
+from hagroup.core.states import State
 from hagroup.engine import manifest
 from hagroup.engine.domain_keys import seal_data
 from hagroup.engine.resync import LEASE
-from hagroup.errors import GroupUnavailable, JournalMismatch
+from hagroup.errors import GroupUnavailable, JournalMismatch, JournalOutcomeUnknown
 from tests.support.simulated import CKM_AES_CMAC, Fate, SimMember, SimObject, signature
 from tests.support.simulation import LATE_WINDOW, Client, Killed, Simulation, key_template
 
@@ -397,13 +398,13 @@ def test_an_interruption_while_the_journal_writes_it_down(world: Simulation, met
         raise KeyboardInterrupt
 
     setattr(a.journal, method, call)
+    changes: dict[str, Callable[[], object]] = {
+        "begin_create": lambda: make(a, b"other"),
+        "begin_set": lambda: a.ready().set(uid, [(int(CKA.LABEL), b"new")]),
+        "destroy": lambda: a.ready().destroy(uid),
+    }
     with pytest.raises(KeyboardInterrupt):
-        if method == "begin_create":
-            make(a, b"other")
-        elif method == "begin_set":
-            a.ready().set(uid, [(int(CKA.LABEL), b"new")])
-        else:
-            a.ready().destroy(uid)
+        changes[method]()
     wait(world, a, 10.0)
     wait(world, b, 10.0)
     assert not world.journal.intents()
@@ -415,3 +416,25 @@ def test_an_interruption_while_the_journal_writes_it_down(world: Simulation, met
             assert client.ready().get(uid, [int(CKA.LABEL)])[0] == {int(CKA.LABEL): label}
     for member in world.members.values():
         assert [item.label for item in held(member)] == ([label] if label else [])
+
+
+def test_a_login_whose_announcement_got_no_answer_is_not_under_way_for_ever(world: Simulation) -> None:
+    """It was written down: nobody could log in to that member before this process ended."""
+    a, b = world.client("A"), world.client("B")
+    make(a)
+    original = a.journal.begin_login
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        a.journal.begin_login = original
+        assert original(*args, **kwargs) is None
+        raise JournalOutcomeUnknown("no answer")
+
+    a.journal.begin_login = call
+    for client in (a, b):
+        life = client.engine.roster.members["hsm2"].life
+        assert life is not None
+        client.engine.roster.lost(client.engine.roster.members["hsm2"], life, "it went away")
+    wait(world, a, 60.0)
+    wait(world, b, 60.0)
+    for client in (a, b):
+        assert client.engine.roster.members["hsm2"].state is State.IN_SERVICE
