@@ -13,6 +13,7 @@ import msgspec
 
 from hagroup.config.logging import get_logger
 from hagroup.core.calls import Ckr
+from hagroup.core.ckr import CKR
 from hagroup.core.records import GroupRecord, Intent, ObjectRecord
 from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Outcome, Result
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 T = TypeVar("T")
+
+
+def _has_no_room(error: Exception | None) -> bool:
+    return isinstance(error, Ckr) and error.rv == CKR.DEVICE_MEMORY
 
 
 class Replication:
@@ -206,10 +211,12 @@ class Replication:
     def _gather(self, intent: Intent, futures: dict[Future[Result], Member]) -> None:
         confirmed: list[str] = []
         failures: list[Result] = []
+        full = 0
+        """Members in service without room for it: that they are there does not make one copy enough."""
         pending = dict(futures)
         patience = self._group.config.timeouts.call
         while True:
-            usable = len(confirmed) + sum(1 for member in pending.values() if member.life is not None)
+            usable = len(confirmed) + full + sum(1 for member in pending.values() if member.life is not None)
             needed = self._settings.min_replicas
             if self._settings.degraded == "allow":
                 needed = min(needed, max(1, usable))
@@ -231,6 +238,7 @@ class Replication:
                     confirmed.append(member.name)
                 else:
                     failures.append(result)
+                    full += member.life is not None and _has_no_room(result.error)
 
     def _live(self, intent: Intent, needed: int, confirmed: list[str]) -> bool:
         try:

@@ -438,3 +438,21 @@ def test_a_login_whose_announcement_got_no_answer_is_not_under_way_for_ever(worl
     wait(world, b, 60.0)
     for client in (a, b):
         assert client.engine.roster.members["hsm2"].state is State.IN_SERVICE
+
+
+def test_where_too_few_have_room_nothing_is_made(world: Simulation) -> None:
+    """Members that are full serve: it is not that fewer than ``min_replicas`` are usable."""
+    a = world.client("A")
+    a.ready()
+    world.members["hsm3"].token.full = True
+    make(a, b"on two")
+    world.members["hsm2"].token.full = True
+    with pytest.raises(Ckr, match="DEVICE_MEMORY"):
+        make(a, b"on one")
+    assert [len(held(member)) for member in world.members.values()] == [1, 1, 0]
+    assert len(a.ready().find({})) == 1
+    for name in ("hsm2", "hsm3"):
+        world.members[name].down = True
+    wait(world, a, 10.0)
+    make(a, b"degraded")
+    assert [len(held(member)) for member in world.members.values()] == [2, 1, 0]
