@@ -456,3 +456,23 @@ def test_where_too_few_have_room_nothing_is_made(world: Simulation) -> None:
     wait(world, a, 10.0)
     make(a, b"degraded")
     assert [len(held(member)) for member in world.members.values()] == [2, 1, 0]
+
+
+def test_what_a_mirror_had_is_put_beside_the_objects_in_an_inventory(world: Simulation) -> None:
+    """A journal that moves to etcd leaves the mirror behind: it is one host's."""
+    a = world.client("A")
+    uid = make(a)
+    a.bury()
+    for member in world.members.values():  # as with [journal] mirror
+        for number, item in list(member.token.objects.items()):
+            if item.label.startswith(b"hagroup:object:"):
+                del member.token.objects[number]
+    for name in world.members:
+        world.journal.update_member(name, membership=Membership.OUT_OF_SYNC, reason="the journal was moved")
+    b = world.client("B")
+    b.ready()
+    wait(world, b, 10.0)
+    assert b.ready().sign(SIGN, uid, b"data")
+    for member in world.members.values():
+        assert [item.label.startswith(b"hagroup:object:") for item in member.token.objects.values()].count(True) == 1
+        assert len(held(member)) == 1
