@@ -81,4 +81,7 @@ def _section(
     if url == config.journal.url:
         return config.journal
     section = JournalSection(url=url, mirror=config.journal.mirror, offline_serving=config.journal.offline_serving)
-    return section if isinstance(url, SqliteUrl) else msgspec.structs.replace(section, user=user, **files)
+    if isinstance(url, SqliteUrl):
+        return section
+    # A mirror is one host's: the members get the sealed records, in the inventory with which the new epoch begins.
+    return msgspec.structs.replace(section, mirror=None, user=user, **files)

@@ -122,6 +122,8 @@ def _placed(found: GroupConfig, url: str | None, mirror: Path | None) -> GroupCo
             raise ConfigurationError(f"--journal {url}: {error}{NOT_CHANGED}") from None
     elif isinstance(place, SqliteUrl):
         place = SqliteUrl(found.folder / _JOURNAL)
+    if mirror is not None and not isinstance(place, SqliteUrl):
+        raise ConfigurationError(f"--mirror is only for a sqlite: journal, not {place}{NOT_CHANGED}")
     second = mirror.absolute() if mirror is not None else found.journal.mirror
     return msgspec.structs.replace(found, journal=msgspec.structs.replace(found.journal, url=place, mirror=second))
 

@@ -159,6 +159,9 @@ def _read_journal(table: Table) -> JournalSection:
                 raise table.error(key, "is only for an etcd:// journal")
         if mirror == url.path:
             table.refuse("mirror", "another place than the journal itself")
+    elif mirror is not None:
+        why = "is only for a sqlite: journal: what other hosts make and destroy would not be in this host's file"
+        raise table.error("mirror", why)
     for one, other in (("cert", "key"), ("key", "cert"), ("user", "password_file"), ("password_file", "user")):
         if one in table and other not in table:
             raise table.error(one, f"needs {other} beside it")

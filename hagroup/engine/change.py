@@ -84,13 +84,14 @@ class Changer:
         try:
             intent, targets = self._group.replication.begin(
                 [uid],
-                lambda asking, revision: self._journal.begin_set(
+                lambda asking, revision, mark: self._journal.begin_set(
                     uid,
                     revision=old.revision,
                     new_attributes=new,
                     new_envelope=after.envelope,
                     asking=asking,
                     membership_revision=revision,
+                    mark=mark,
                 ),
                 prepare=lambda group: _expect_present_keys(group, after),
                 # Those that owe something for it already are left alone: what they are asked for may come to be late.
@@ -254,7 +255,7 @@ class Changer:
         try:
             (tombstone, rows), targets = self._group.replication.begin(
                 [uid],
-                lambda asking, revision: self._journal.destroy(uid, asking=asking, membership_revision=revision),
+                lambda asking, revision, _: self._journal.destroy(uid, asking=asking, membership_revision=revision),
             )
         except NoLongerLive as error:
             raise Ckr(CKR.OBJECT_HANDLE_INVALID, "C_DestroyObject") from error

@@ -21,7 +21,7 @@ from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
 from hagroup.core.records import LoginRecord, LoginState
 from hagroup.engine.member import Life, Member
-from hagroup.errors import ConfigurationError, HAError
+from hagroup.errors import ConfigurationError, HAError, JournalOutcomeUnknown
 from hagroup.journal.api import Journal
 
 log = get_logger(__name__)
@@ -161,7 +161,12 @@ def log_in(
     clear = not flags & (USER_PIN_COUNT_LOW | USER_PIN_FINAL_TRY)
     if member.unreported_login is not None:
         _report(journal, member, member.unreported_login[0])
-    _announce(journal, member, source, stamp, clear=clear, timeout=timeout)
+    try:
+        _announce(journal, member, source, stamp, clear=clear, timeout=timeout)
+    except BaseException as error:
+        if isinstance(error, JournalOutcomeUnknown) or not isinstance(error, HAError):
+            member.unreported_login = (None,)  # it may be written down, and nobody will try that PIN now
+        raise
     state: LoginState | None = None
     try:
         life.connection.login(CKU_USER, pin.reveal(), timeout=timeout)

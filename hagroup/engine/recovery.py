@@ -28,10 +28,19 @@ class Recovery:
         self._in_flight = replicator.in_flight
         self._unresolved: set[str] = set()
         """Intents of this process (adopted ones too) that no call of it is working on."""
+        self._interrupted: set[str] = set()
+        """Marks. They stay: what was asked of the journal may come to be late."""
         self._one_at_a_time = threading.Lock()
 
     def unresolved(self, intent: str) -> None:
         self._unresolved.add(intent)
+
+    def interrupted(self, mark: str) -> None:
+        """A call of this process was, while it opened an intent with this mark, or was about to."""
+        self._interrupted.add(mark)
+
+    def _is_left(self, intent: Intent) -> bool:
+        return intent.id in self._unresolved or any(intent.id.endswith(mark) for mark in self._interrupted)
 
     def recover_intents(self) -> bool:
         """Finish or undo what processes left that died in the middle. True: something was brought to an end."""
@@ -41,20 +50,22 @@ class Recovery:
         if not self._one_at_a_time.acquire(timeout=self._roster.config.timeouts.call):
             return False  # another thread is at it
         try:
+            known = set(self._unresolved)  # before it is read: one that another thread adds now may not be among them
             intents = self._journal.intents()
-            self._unresolved &= {intent.id for intent in intents}
+            self._unresolved -= known - {intent.id for intent in intents}
             for intent in intents:
-                told = intent.id in self._unresolved
+                told = self._is_left(intent)
                 if intent.owner in {self._journal.owner, *self._journal.former_owners} and not told:
                     continue  # its thread is at work
                 if intent.owner != self._journal.owner:
                     if self._journal.owner_alive(intent.owner):
                         continue
+                    self._unresolved.add(intent.id)  # before: no answer may come
                     adopted = self._journal.adopt_intent(intent.id)
                     if adopted is None:
+                        self._unresolved.discard(intent.id)
                         continue
                     intent = adopted
-                    self._unresolved.add(intent.id)
                 try:
                     recovered |= self._recover(intent, told)
                 except StaleMembership:

@@ -124,7 +124,7 @@ class Replicator:
         assert life.keys is not None
         done: list[ObjectRecord] = []
         failed: Exception | None = None
-        unknown = False
+        unknown = beside = False
         for record in records:
             try:
                 old = self._there_already(member, life, record, anew, doubted=doubted) if anew else []
@@ -137,19 +137,23 @@ class Replicator:
                     refuses=lambda error: classify(error.rv, member.config.errors) in _KNOWN_REFUSALS,
                 )
                 if anew:  # the new one first: at every instant there is one
+                    beside = bool(old)
                     life.handles.pop(record.uid, None)
                     replica.discard(life.connection, record, old, timeout=self._timeout)
+                    beside = False
                 done.append(record)
             except Occupied as error:
                 failed = error
                 break
             except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
-                failed, unknown = error, self._is_unknown(member, life, error)
+                # Where an older one may be beside it, under a label of before, it is looked for everywhere: whatever
+                # the last call came to, by its locators only the new one would be found.
+                failed, unknown = error, self._is_unknown(member, life, error) or beside
                 break
         rest = [(member.name, record.uid) for record in records[len(done) :]]
         if failed is not None:
             told = None if unknown or isinstance(failed, Occupied) else str(failed)
-            doubt = unknown and not self._answered(member, failed)
+            doubt = unknown and (beside or not self._answered(member, failed))
             self._give_up(rest, doubt=doubt, reason=told, kind=kind)
         confirmations = [
             Confirmation(

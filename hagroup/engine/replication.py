@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
@@ -12,11 +13,12 @@ import msgspec
 
 from hagroup.config.logging import get_logger
 from hagroup.core.calls import Ckr
+from hagroup.core.ckr import CKR
 from hagroup.core.records import GroupRecord, Intent, ObjectRecord
 from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Outcome, Result
 from hagroup.errors import GroupReadOnly, GroupUnavailable, HAError, JournalMismatch, JournalUnavailable
-from hagroup.journal.api import Asking, NoLongerLive, StaleMembership
+from hagroup.journal.api import Asking, Busy, NoLongerLive, StaleMembership
 
 if TYPE_CHECKING:
     from hagroup.engine.group import GroupEngine
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 T = TypeVar("T")
+
+
+def _has_no_room(error: Exception | None) -> bool:
+    return isinstance(error, Ckr) and error.rv == CKR.DEVICE_MEMORY
 
 
 class Replication:
@@ -34,6 +40,7 @@ class Replication:
         self._roster = group.roster
         self._journal = group.journal
         self._settings = group.config.group
+        self._numbers = itertools.count(1)
 
     def targets(self) -> list[tuple[Member, Life]]:
         """Members that can be asked now, nearest first."""
@@ -72,7 +79,7 @@ class Replication:
     def begin(
         self,
         uids: Sequence[bytes],
-        start: Callable[[Sequence[Asking], int], T],
+        start: Callable[[Sequence[Asking], int, str], T],
         usable: Callable[[Member], bool] = lambda member: True,
         prepare: Callable[[GroupRecord], None] = lambda group: None,
     ) -> tuple[T, list[tuple[Member, Life]]]:
@@ -80,9 +87,13 @@ class Replication:
 
         The rows of all these members count as in flight: ``self.ended`` for each when it was asked, or is not asked.
 
+        :param start: gets the mark of the intent that it opens, if it does. What comes in between (Ctrl-C, a signal's
+            handler that raises) comes when the journal has just written it down: nobody would know of the intent, and
+            the object would be neither used nor changed by anybody as long as this process lives.
         :param prepare: called before each try with the group as of the membership revision that the try compares.
         """
         in_flight = self._group.replicator.in_flight
+        mark = f".{self._journal.owner}.{next(self._numbers)}"
         self._group.follow()
         while True:
             self.refuse_if_degraded()
@@ -96,13 +107,17 @@ class Replication:
             rows = [(member.name, uid) for member, _ in targets for uid in uids]
             in_flight.begin(rows)
             try:
-                return start(asking, now.membership_revision), targets
+                return start(asking, now.membership_revision, mark), targets
             except StaleMembership:
                 in_flight.end(rows)
                 self._group.view.refresh(always=True)
                 self._roster.follow_journal()
+            except (HAError, Busy, NoLongerLive):
+                in_flight.end(rows)
+                raise
             except BaseException:
                 in_flight.end(rows)
+                self._group.supervisor.interrupted(mark)
                 raise
 
     def ended(self, member: Member, uids: Sequence[bytes]) -> None:
@@ -144,8 +159,8 @@ class Replication:
         try:
             intent, targets = self.begin(
                 uids,
-                lambda asking, revision: self._journal.begin_create(
-                    records, asking=asking, membership_revision=revision
+                lambda asking, revision, mark: self._journal.begin_create(
+                    records, asking=asking, membership_revision=revision, mark=mark
                 ),
                 prepare=seal_anew,
             )
@@ -196,10 +211,12 @@ class Replication:
     def _gather(self, intent: Intent, futures: dict[Future[Result], Member]) -> None:
         confirmed: list[str] = []
         failures: list[Result] = []
+        full = 0
+        """Members in service without room for it: that they are there does not make one copy enough."""
         pending = dict(futures)
         patience = self._group.config.timeouts.call
         while True:
-            usable = len(confirmed) + sum(1 for member in pending.values() if member.life is not None)
+            usable = len(confirmed) + full + sum(1 for member in pending.values() if member.life is not None)
             needed = self._settings.min_replicas
             if self._settings.degraded == "allow":
                 needed = min(needed, max(1, usable))
@@ -221,6 +238,7 @@ class Replication:
                     confirmed.append(member.name)
                 else:
                     failures.append(result)
+                    full += member.life is not None and _has_no_room(result.error)
 
     def _live(self, intent: Intent, needed: int, confirmed: list[str]) -> bool:
         try:

@@ -187,7 +187,7 @@ class Resync:
         if membership in (Membership.JOINING, Membership.OUT_OF_SYNC):
             self._cut_off(member)
             cleared.sweep(self._journal, self._view, member, life, timeout=self._timeout)
-            return whole_token.owe_what_differs(self._roster, self._journal, member, life, timeout=self._timeout)
+            return self._compare_whole(member, life)
         return life.proved_since_low or self._prove_since_low(member, life)
 
     def _admit(self, member: Member, life: Life, barrier: int, lease: Lease, group: GroupRecord) -> bool:
@@ -369,11 +369,17 @@ class Resync:
                 over.append(attempt.number)
         return over
 
+    def _compare_whole(self, member: Member, life: Life) -> bool:
+        with_record = self._replicator.mirror is None
+        return whole_token.owe_what_differs(
+            self._roster, self._journal, member, life, with_record=with_record, timeout=self._timeout
+        )
+
     def _prove_since_low(self, member: Member, life: Life) -> bool:
         """False: the token went away meanwhile."""
         uids = recent.moved_since_low(self._journal, self._view, life)
         if uids is None:
-            return whole_token.owe_what_differs(self._roster, self._journal, member, life, timeout=self._timeout)
+            return self._compare_whole(member, life)
         with_record = self._replicator.mirror is None
         rows = recent.missing_of(self._journal, member, life, uids, with_record=with_record, timeout=self._timeout)
         if rows and not self._roster.is_still_whole(member, life):
@@ -409,6 +415,9 @@ class Resync:
     # -- intents of the dead -------------------------------------------------------------------------------
     def unresolved(self, intent: str) -> None:
         self._recovery.unresolved(intent)
+
+    def interrupted(self, mark: str) -> None:
+        self._recovery.interrupted(mark)
 
     def recover_intents(self) -> bool:
         """True: some were brought to an end, and members may owe something by that."""

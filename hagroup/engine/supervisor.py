@@ -291,6 +291,11 @@ class Supervisor:
         self.resync.unresolved(intent)
         self.wake()
 
+    def interrupted(self, mark: str) -> None:
+        """A call of this process does not know whether the journal recorded the intent with this mark."""
+        self.resync.interrupted(mark)
+        self.wake()
+
     def replace(self, uid: bytes, members: list[str]) -> None:
         """Members that refused a change that others took are owed a replacement (DESIGN.md 4.3)."""
         if members:

@@ -103,6 +103,6 @@ class View:
         self._lock = threading.Lock()
         with self._lock:
             self._objects.clear()
+            self._seen = self._journal.view_number()  # before it is read: what comes between is not missed
             self._load_members()
             self._since = self.group.change
-            self._seen = self._journal.view_number()

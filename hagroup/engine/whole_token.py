@@ -23,18 +23,23 @@ log = get_logger(__name__)
 _AT_ONCE = 500
 
 
-def owe_what_differs(roster: Roster, journal: Journal, member: Member, life: Life, *, timeout: float) -> bool:
+def owe_what_differs(
+    roster: Roster, journal: Journal, member: Member, life: Life, *, with_record: bool, timeout: float
+) -> bool:
     """Nothing on the token is changed.
 
+    :param with_record: whether sealed records are kept beside objects. Where a mirror had them, none is there yet.
     False: the token went away meanwhile, or is looked at again, and nothing is concluded from what it did not show.
     """
-    return _Comparison(roster, journal, member, life, timeout).owe()
+    return _Comparison(roster, journal, member, life, with_record, timeout).owe()
 
 
 class _Comparison:
-    def __init__(self, roster: Roster, journal: Journal, member: Member, life: Life, timeout: float) -> None:
+    def __init__(
+        self, roster: Roster, journal: Journal, member: Member, life: Life, with_record: bool, timeout: float
+    ) -> None:
         self._roster, self._journal, self._member, self._life = roster, journal, member, life
-        self._timeout = timeout
+        self._wants_record, self._timeout = with_record, timeout
         owed = {row.uid for row in journal.owed(member.name)}
         self._settled: Mapping[bytes, Copy] = {
             copy.uid: copy for copy in journal.copies(member.name) if copy.uid not in owed
@@ -98,6 +103,8 @@ class _Comparison:
                 yield record.uid, OwedKind.INSTALL
 
     def _has_it(self, record: ObjectRecord) -> bool:
+        if self._wants_record and record.uid not in self._with_record:
+            return False
         connection = self._life.connection
         matching = [
             handle

@@ -182,11 +182,13 @@ class Journal(Protocol):
         *,
         asking: Sequence[Asking],
         membership_revision: int,
+        mark: str = "",
     ) -> Intent:
         """Record ``creating`` objects (a pair is one intent) and an owed ``install`` row for **every** listed member
         (joining, out-of-sync and quarantined ones too: they stay owed); rows of ``asking`` members are claimed by this
         owner and marked sent. Where a live or creating object has the very fingerprint and locator of one, its
-        ``member_id`` is its UID from then on: read the records again before asking members.
+        ``member_id`` is its UID from then on: read the records again before asking members. The intent's id ends with
+        ``mark``: a caller who never gets the answer knows it by that.
         Raises :class:`StaleMembership`; ValueError for a UID that was ever used."""
         ...
 
@@ -212,6 +214,7 @@ class Journal(Protocol):
         new_envelope: bytes | None,
         asking: Sequence[Asking],
         membership_revision: int,
+        mark: str = "",
     ) -> Intent:
         """Open an intent to bring a live object from ``revision`` to the next one. Every member with a copy gets an
         owed ``set`` row (those of ``asking`` claimed and sent); members that owe an ``install`` go on owing it, for the

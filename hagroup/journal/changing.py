@@ -33,14 +33,14 @@ class Changing(Writer):
 
     @one_transaction
     def begin_create(
-        self, objects: Sequence[ObjectRecord], *, asking: Sequence[Asking], membership_revision: int
+        self, objects: Sequence[ObjectRecord], *, asking: Sequence[Asking], membership_revision: int, mark: str = ""
     ) -> Intent:
         with self._write() as t:
             t.expect_membership(membership_revision)
             names = [member.name for member in t.members()]
             asked = _asked(asking, names)
             uids = tuple(record.uid for record in objects)
-            intent = _new_intent(t, IntentKind.CREATE, uids, asked=tuple(asked))
+            intent = _new_intent(t, IntentKind.CREATE, uids, asked=tuple(asked), mark=mark)
             t.add_intent(intent)
             owed: list[OwedRow] = []
             new: list[ObjectRecord] = []
@@ -108,6 +108,7 @@ class Changing(Writer):
         new_envelope: bytes | None,
         asking: Sequence[Asking],
         membership_revision: int,
+        mark: str = "",
     ) -> Intent:
         with self._write() as t:
             t.expect_membership(membership_revision)
@@ -136,6 +137,7 @@ class Changing(Writer):
                 IntentKind.SET,
                 (uid,),
                 asked=tuple(may_ask),
+                mark=mark,
                 new_attributes=dict(new_attributes),
                 new_envelope=new_envelope,
                 new_member_id=after.member_id,
@@ -221,12 +223,13 @@ def _new_intent(
     uids: tuple[bytes, ...],
     *,
     asked: tuple[str, ...],
+    mark: str,
     new_attributes: dict[int, bytes] | None = None,
     new_envelope: bytes | None = None,
     new_member_id: bytes | None = None,
 ) -> Intent:
     return Intent(
-        id=f"{t.change:016x}.{secrets.token_hex(4)}",
+        id=f"{t.change:016x}.{secrets.token_hex(4)}{mark}",
         kind=kind,
         owner=t.owner,
         uids=uids,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import base64
 import contextlib
 import os
 import random
@@ -22,11 +23,11 @@ from msgspec.structs import replace
 
 from hagroup.config.model import JournalSection
 from hagroup.core.clock import Clock
-from hagroup.core.records import Intent, OwedRow
+from hagroup.core.records import Intent, LoginState, OwedRow
 from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import owners
 from hagroup.journal.etcd_client import EtcdClient, Json, Unanswered, b64, pair, range_of
-from hagroup.journal.etcd_keys import Document, Keys, encode
+from hagroup.journal.etcd_keys import Document, KeptLogin, Keys, encode
 from hagroup.journal.etcd_mirror import TTL, Mirror
 from hagroup.journal.etcd_swap import Conflict, OwnerLost
 from hagroup.journal.etcd_times import SeenTimes
@@ -86,6 +87,8 @@ class EtcdOpened(Writer):
             self._mirror.stop()
             self._leave()
             raise self._mirror.head.sealed.refusal_to_open(self._client.url)
+        if not self._read_only:
+            self._tidy()
 
     # -- owners --------------------------------------------------------------------------------------------------
 
@@ -107,6 +110,16 @@ class EtcdOpened(Writer):
             self.former_owners |= {earlier.owner}
             earlier.release()
         self._lease, self.owner = lease, registration.owner
+
+    def _tidy(self) -> None:
+        """Files of this host's dead, of whom no row tells any more: every program leaves some."""
+
+        def referenced(names: Collection[str]) -> Collection[str]:
+            rows = (row for document in self._mirror.documents() for row in document.owed.values())
+            return {one.worker for row in rows for one in row.attempts if one.worker is not None} & set(names)
+
+        with contextlib.suppress(OSError):
+            owners.clean(_locks(self._client.url.name), referenced)
 
     def _keep_alive(self) -> bool:
         """By the mirror's thread, every few seconds. False: it was frozen or cut off for so long that it is a new owner
@@ -288,19 +301,23 @@ class EtcdOpened(Writer):
             del self._unsettled[id_]
 
     def _disown(self, request: Json) -> None:
-        prefix = b64(self._keys.intents)[:16]
+        """An intent, or a login, that it opened: nobody works on it."""
         for one in request["success"]:
             put = one.get("request_put")
-            if put is None or not put["key"].startswith(prefix):
+            key = "" if put is None else base64.b64decode(put["key"]).decode()
+            kind = next((kind for prefix, kind in self._owned().items() if key.startswith(prefix)), None)
+            kept = None if kind is None else self._client.get(key)
+            if kind is None or kept is None:
                 continue
-            found = self._client.call("/kv/range", {"key": put["key"]}).get("kvs", [])
-            kept = pair(found[0]) if found else None
-            if kept is None or not kept.key.startswith(self._keys.intents):
-                continue
-            intent = msgspec.msgpack.decode(kept.value, type=Intent)
-            left = {"key": put["key"], "value": b64(encode(replace(intent, owner=f"{intent.owner} (gave up)")))}
-            same = {"key": put["key"], "target": "MOD", "result": "EQUAL", "mod_revision": str(kept.modified)}
-            self._client.call("/kv/txn", {"compare": [same], "success": [{"request_put": left}]})
+            left = kind(kept.value, base64.b64decode(put["value"]))
+            if left is not None:
+                same = {"key": put["key"], "target": "MOD", "result": "EQUAL", "mod_revision": str(kept.modified)}
+                written = {"request_put": {"key": put["key"], "value": b64(left)}}
+                self._client.call("/kv/txn", {"compare": [same], "success": [written]})
+
+    def _owned(self) -> dict[str, Callable[[bytes, bytes], bytes | None]]:
+        """By the beginning of their keys: what has an owner who finishes it; with another owner, who is none."""
+        return {self._keys.intents: _ownerless_intent, self._keys.logins: _ownerless_login}
 
     def _carry_out(self, attempt: Callable[[], T]) -> T:
         deadline = time.monotonic() + _PATIENCE
@@ -376,6 +393,19 @@ def _renamed(row: OwedRow, former: frozenset[str], owner: str) -> OwedRow:
         replace(one, owner=owner) if one.doubt_since is None and one.owner in former else one for one in row.attempts
     )
     return replace(row, owner=owner if row.owner in former else row.owner, attempts=attempts)
+
+
+def _ownerless_intent(kept: bytes, _: bytes) -> bytes:
+    intent = msgspec.msgpack.decode(kept, type=Intent)
+    return encode(replace(intent, owner=f"{intent.owner} (gave up)"))
+
+
+def _ownerless_login(kept: bytes, written: bytes) -> bytes | None:
+    """As of a process that died in it: unless its end was reported since."""
+    login = msgspec.msgpack.decode(kept, type=KeptLogin)
+    if kept != written or login.record.state is not LoginState.TRYING:
+        return None
+    return encode(replace(login, record=replace(login.record, owner=f"{login.record.owner} (gave up)")))
 
 
 def _last(key: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import os
 import re
@@ -68,7 +69,9 @@ class Registration:
 
 
 def _readable(member: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", member)[:32]
+    """Names that look alike stay apart: what is forgotten of one member must not be forgotten of another."""
+    readable = re.sub(r"[^A-Za-z0-9_]", "_", member)[:32]
+    return f"{readable}.{hashlib.sha256(member.encode()).hexdigest()[:8]}"
 
 
 def is_held(folder: Path, name: str) -> bool | None:
@@ -111,7 +114,7 @@ def being_changed(folder: Path, member: str) -> bool:
 
 
 def cut_off(folder: Path, member: str) -> list[str]:
-    """Workers that ended inside of such a call, and are not forgotten. (Members whose names look alike share them.)"""
+    """Workers that ended inside of such a call, and are not forgotten."""
     return [name for name in _changing(folder, member) if is_held(folder, name) is False]
 
 

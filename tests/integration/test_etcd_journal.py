@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from hagroup.config.model import JournalSection
 from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import EtcdJournal, etcd_opened
+from hagroup.journal.api import Asking
 from hagroup.journal.etcd_client import EtcdClient, Unanswered, b64
 from hagroup.journal.etcd_mirror import TTL
 from tests.support.etcd import EtcdBackend, one_node
@@ -203,11 +204,8 @@ def test_an_answer_that_is_lost_is_found_out(
     assert [one.id for one in journal.intents()] == [intent.id], "once"
 
 
-@pytest.mark.parametrize("carried_out", [True, False])
-def test_an_outcome_that_nobody_can_tell_is_settled_later(
-    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch, carried_out: bool
-) -> None:
-    journal, other = backend.open(), backend.open()
+def cut_off_in_a_transaction(journal: EtcdJournal, *, carried_out: bool) -> Callable[..., object]:
+    """In place of ``EtcdClient.call``: the next transaction gets no answer, and from then on nobody answers."""
     original, away = EtcdClient.call, []
 
     def cut_off(self: EtcdClient, path: str, body: dict, **more: object) -> object:
@@ -221,6 +219,15 @@ def test_an_outcome_that_nobody_can_tell_is_settled_later(
             raise Unanswered("cut off")
         return original(self, path, body, **more)  # type: ignore[arg-type]
 
+    return cut_off
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_an_outcome_that_nobody_can_tell_is_settled_later(
+    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch, carried_out: bool
+) -> None:
+    journal, other = backend.open(), backend.open()
+    cut_off = cut_off_in_a_transaction(journal, carried_out=carried_out)
     record = new_object()
     with monkeypatch.context() as patched:
         patched.setattr(EtcdClient, "call", cut_off)
@@ -238,6 +245,40 @@ def test_an_outcome_that_nobody_can_tell_is_settled_later(
     assert other.claim([("a", record.uid)], worker=None, membership_revision=1)
     assert confirm(other, installed("a", record)) == [True]
     assert other.go_live(left[0].id, needed=1, serving=["a"])
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_a_login_of_which_nobody_can_tell_whether_it_was_announced(
+    backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch, carried_out: bool
+) -> None:
+    """It was not made. As long as it counted as under way nobody could log in there, on any host."""
+    journal, other = backend.open(), backend.open()
+    with monkeypatch.context() as patched:
+        patched.setattr(EtcdClient, "call", cut_off_in_a_transaction(journal, carried_out=carried_out))
+        with pytest.raises(JournalOutcomeUnknown):
+            journal.begin_login("a", "file:pin", "stamp", clear=True)
+    journal._settle_later()
+    assert other.begin_login("a", "file:pin", "stamp", clear=True) is None
+    journal._settle_later()
+    refused = journal.begin_login("a", "file:pin", "stamp", clear=True)
+    assert refused is not None and refused.owner == other.owner, "that one is under way"
+
+
+def test_lock_files_of_the_dead_go_when_no_row_tells_of_them(backend: EtcdBackend) -> None:
+    """Else each program that ends leaves some for ever."""
+    journal, other = backend.open(), backend.open()
+    folder = etcd_opened._locks(backend.section.url.name)
+    asked, idle = other.worker_lock("a")[0], other.worker_lock("b")[0]
+    record = new_object()
+    asking = [Asking(member="a", worker=asked)]
+    other.begin_create([record], asking=asking, membership_revision=revision_of(journal))
+    owner = other.owner
+    other.close()
+    later = backend.open()
+    left = set(os.listdir(folder))
+    assert not {idle, owner} & left
+    assert {asked, journal.owner, later.owner} <= left
+    assert later.worker_dead(asked), "proved by its file"
 
 
 def test_what_was_never_live_is_destroyed_without_waiting(backend: EtcdBackend) -> None:

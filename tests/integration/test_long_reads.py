@@ -57,7 +57,7 @@ def test_changes_while_a_whole_token_is_compared(
     before = max(event.number for event in a.journal.events())
     member = a.engine.roster.members["hsm2"]
     assert member.life is not None
-    assert whole_token.owe_what_differs(a.engine.roster, a.journal, member, member.life, timeout=10.0)
+    assert whole_token.owe_what_differs(a.engine.roster, a.journal, member, member.life, with_record=True, timeout=10.0)
     assert not a.journal.owed()
     assert [event.kind for event in a.journal.events(since=before)] == []
     everywhere(shared, "made", "made", "new")
@@ -74,7 +74,7 @@ def test_an_object_that_is_being_made_while_a_whole_token_is_compared(
     owes = Gate(a.journal, "owe")
     making = Running(lambda: a.aes("made"))
     gate.wait()
-    assert whole_token.owe_what_differs(a.engine.roster, a.journal, member, member.life, timeout=10.0)
+    assert whole_token.owe_what_differs(a.engine.roster, a.journal, member, member.life, with_record=True, timeout=10.0)
     gate.open()
     making.end()
     assert not owes.reached.is_set()

@@ -16,10 +16,11 @@ from hagroup.core.attributes import CKA, CKM, CKO, pack_ulong
 from hagroup.core.calls import Ckr
 from hagroup.core.ckr import CKR
 from hagroup.core.records import OBJECT_MISSING, Membership
+from hagroup.core.states import State
 from hagroup.engine import manifest
 from hagroup.engine.domain_keys import seal_data
 from hagroup.engine.resync import LEASE
-from hagroup.errors import GroupUnavailable, JournalMismatch
+from hagroup.errors import GroupUnavailable, JournalMismatch, JournalOutcomeUnknown
 from tests.support.simulated import CKM_AES_CMAC, Fate, SimMember, SimObject, signature
 from tests.support.simulation import LATE_WINDOW, Client, Killed, Simulation, key_template
 
@@ -364,3 +365,114 @@ def test_what_was_made_since_a_member_was_connected_is_not_taken_for_lost(
     assert member.life is not life, "it looked again, in another life"
     assert [event.kind for event in b.real.events(limit=100) if event.kind == OBJECT_MISSING] == []
     assert [len(held(member)) for member in world.members.values()] == [1, 1, 1]
+
+
+def test_a_forked_child_sees_what_changed_while_it_read_the_group(world: Simulation) -> None:
+    """It counted as seen, and the child went on with the members of before until something else changed."""
+    a, b = world.client("A"), world.client("B")
+    a.ready()
+    view = a.engine.view
+    load = view._load_members
+
+    def read() -> None:
+        load()
+        b.real.update_member("hsm2", draining=True)
+
+    view._load_members = read  # type: ignore[method-assign]
+    view.renew_after_fork()
+    view._load_members = load  # type: ignore[method-assign]
+    view.refresh()
+    assert view.members["hsm2"].draining
+
+
+@pytest.mark.parametrize("method", ["begin_create", "begin_set", "destroy"])
+def test_an_interruption_while_the_journal_writes_it_down(world: Simulation, method: str) -> None:
+    """Ctrl-C, or a signal's handler that raises: the program goes on, and so does what it had begun."""
+    a, b = world.client("A"), world.client("B")
+    uid = make(a)
+    original = getattr(a.journal, method)
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        setattr(a.journal, method, original)
+        original(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    setattr(a.journal, method, call)
+    changes: dict[str, Callable[[], object]] = {
+        "begin_create": lambda: make(a, b"other"),
+        "begin_set": lambda: a.ready().set(uid, [(int(CKA.LABEL), b"new")]),
+        "destroy": lambda: a.ready().destroy(uid),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        changes[method]()
+    wait(world, a, 10.0)
+    wait(world, b, 10.0)
+    assert not world.journal.intents()
+    assert not world.journal.owed()
+    label = {"begin_create": b"key", "begin_set": b"new"}.get(method)
+    for client in (a, b):
+        assert len(client.ready().find({})) == (label is not None)
+        if label is not None:
+            assert client.ready().get(uid, [int(CKA.LABEL)])[0] == {int(CKA.LABEL): label}
+    for member in world.members.values():
+        assert [item.label for item in held(member)] == ([label] if label else [])
+
+
+def test_a_login_whose_announcement_got_no_answer_is_not_under_way_for_ever(world: Simulation) -> None:
+    """It was written down: nobody could log in to that member before this process ended."""
+    a, b = world.client("A"), world.client("B")
+    make(a)
+    original = a.journal.begin_login
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        a.journal.begin_login = original
+        assert original(*args, **kwargs) is None
+        raise JournalOutcomeUnknown("no answer")
+
+    a.journal.begin_login = call
+    for client in (a, b):
+        life = client.engine.roster.members["hsm2"].life
+        assert life is not None
+        client.engine.roster.lost(client.engine.roster.members["hsm2"], life, "it went away")
+    wait(world, a, 60.0)
+    wait(world, b, 60.0)
+    for client in (a, b):
+        assert client.engine.roster.members["hsm2"].state is State.IN_SERVICE
+
+
+def test_where_too_few_have_room_nothing_is_made(world: Simulation) -> None:
+    """Members that are full serve: it is not that fewer than ``min_replicas`` are usable."""
+    a = world.client("A")
+    a.ready()
+    world.members["hsm3"].token.full = True
+    make(a, b"on two")
+    world.members["hsm2"].token.full = True
+    with pytest.raises(Ckr, match="DEVICE_MEMORY"):
+        make(a, b"on one")
+    assert [len(held(member)) for member in world.members.values()] == [1, 1, 0]
+    assert len(a.ready().find({})) == 1
+    for name in ("hsm2", "hsm3"):
+        world.members[name].down = True
+    wait(world, a, 10.0)
+    make(a, b"degraded")
+    assert [len(held(member)) for member in world.members.values()] == [2, 1, 0]
+
+
+def test_what_a_mirror_had_is_put_beside_the_objects_in_an_inventory(world: Simulation) -> None:
+    """A journal that moves to etcd leaves the mirror behind: it is one host's."""
+    a = world.client("A")
+    uid = make(a)
+    a.bury()
+    for member in world.members.values():  # as with [journal] mirror
+        for number, item in list(member.token.objects.items()):
+            if item.label.startswith(b"hagroup:object:"):
+                del member.token.objects[number]
+    for name in world.members:
+        world.journal.update_member(name, membership=Membership.OUT_OF_SYNC, reason="the journal was moved")
+    b = world.client("B")
+    b.ready()
+    wait(world, b, 10.0)
+    assert b.ready().sign(SIGN, uid, b"data")
+    for member in world.members.values():
+        assert [item.label.startswith(b"hagroup:object:") for item in member.token.objects.values()].count(True) == 1
+        assert len(held(member)) == 1

@@ -218,7 +218,7 @@ def test_a_token_that_is_just_going_away_has_lost_nothing(group: GroupFixture) -
         assert life is not None
         life.connection.find = lambda *arguments, **options: []
         life.connection.get = gone
-        assert not whole_token.owe_what_differs(engine.roster, journal, other, life, timeout=5.0)
+        assert not whole_token.owe_what_differs(engine.roster, journal, other, life, with_record=True, timeout=5.0)
         assert other.life is not life, "it is failed, and looked at again when it is back"
         assert not journal.owed("hsm2")
     finally:

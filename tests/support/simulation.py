@@ -13,7 +13,7 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, find_domai
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.login import CKU_USER
 from hagroup.engine.session import VirtualSession
-from hagroup.errors import GroupUnavailable, HAError, JournalUnavailable
+from hagroup.errors import GroupUnavailable, HAError, JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import SqliteJournal
 from hagroup.members import ConnectionSettings, ModuleProblem
 from tests.support.journals import FakeClock
@@ -137,7 +137,11 @@ class _Journal:
             client.interact(f"journal.{name}", writes)
             if client.journal_fails(writes):
                 raise JournalUnavailable("the journal cannot be reached (simulated): nothing was changed")
+            before = {intent.id: intent.owner for intent in client.real.intents()} if client.is_lost(writes) else None
             result = found(*args, **kwargs)
+            if before is not None:
+                client.disown(before)
+                raise JournalOutcomeUnknown(f"no answer to {name} (simulated)")
             if writes:
                 client.interact(f"journal.{name}, done", True)
             return result
@@ -156,6 +160,8 @@ class Client:
         self.kill_in: int | None = None
         """Interactions with an effect that it still lives through."""
         self.journal_fault_in: int | None = None
+        self.journal_lost_in: int | None = None
+        """Writes to the journal until one is carried out and gets no answer."""
         self.intrusion: tuple[int, Callable[[], None]] | None = None
         self._in_background = False
         self.session: VirtualSession | None = None
@@ -205,6 +211,21 @@ class Client:
                 self.journal_fault_in = None
                 return True
         return False
+
+    def is_lost(self, writes: bool) -> bool:
+        if writes and self.journal_lost_in is not None:
+            self.journal_lost_in -= 1
+            if self.journal_lost_in < 0:
+                self.journal_lost_in = None
+                return True
+        return False
+
+    def disown(self, before: Mapping[str, str]) -> None:
+        """As the journal on etcd does where it finds out later: an intent that nobody heard of is nobody's."""
+        for intent in self.real.intents():
+            if before.get(intent.id) != intent.owner:
+                with self.real._write() as t:
+                    t.sql.execute("UPDATE intents SET owner = ? WHERE id = ?", (f"{intent.owner} (gave up)", intent.id))
 
     # -- what it does ------------------------------------------------------------------------------------------
     def background(self) -> None:

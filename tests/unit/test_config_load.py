@@ -77,7 +77,6 @@ recovery_mode = "basic"
 replay_limit = "1MiB"
 [journal]
 url = "etcd://h1,h2:2390,[::1]:7/payments"
-mirror = "mirror.db"
 offline_serving = "refuse"
 ca = "ca.pem"
 cert = "cert.pem"
@@ -276,6 +275,7 @@ BAD_SECTIONS = [
     ('[journal]\nurl = "etcd://h/x"\ncert = "x"', 16, "[journal] cert needs key beside it"),
     ('[journal]\nurl = "etcd://h/x"\nuser = "x"', 16, "[journal] user needs password_file beside it"),
     ('[journal]\nmirror = "journal.db"', 15, "[journal] mirror must be another place than the journal itself"),
+    ('[journal]\nurl = "etcd://h/x"\nmirror = "m.db"', 16, "[journal] mirror is only for a sqlite: journal"),
     ('[journal]\noffline_serving = "no"', 15, '[journal] offline_serving must be "allow" or "refuse", not "no"'),
     ("[watchdog]\ninterval = 1", 15, "[watchdog] interval (1) must be greater than [timeouts] probe (1)"),
     ("[timeouts]\nprobe = 5", 15, "[timeouts] probe (5) must be less than [watchdog] interval (5, the default)"),

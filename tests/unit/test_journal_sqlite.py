@@ -335,6 +335,21 @@ def test_who_died_in_a_change_is_known_until_that_was_looked_for(journal, backen
     assert not Path(path).exists()
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("zurich", "new-zurich"), ("hsm.1", "hsm_1"), ("x" * 40 + "1", "x" * 40 + "2"), ("1", "a-1")],
+)
+def test_members_whose_names_look_alike_stay_apart(journal, one, other):
+    """A sweep of the one forgot what was cut off on the other: its ghost stayed."""
+    name, path = journal.worker_lock(other)
+    lock = WorkerLock(path)
+    lock.__enter__()
+    assert not journal.being_changed(one)
+    lock.release()  # as if it were killed
+    assert journal.cut_off(one) == []
+    assert journal.cut_off(other) == [name]
+
+
 def test_who_ended_between_changes_left_nothing(journal):
     _, path = journal.worker_lock("b")
     lock = WorkerLock(path)
