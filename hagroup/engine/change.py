@@ -19,6 +19,7 @@ from hagroup.engine.objects import SessionObject, TokenObject
 from hagroup.engine.replicate import Outcome, Result
 from hagroup.errors import GroupUnavailable, HAError, JournalUnavailable, OutcomeUnknown
 from hagroup.journal.api import Busy, NoLongerLive
+from hagroup.members.bounded import within
 
 if TYPE_CHECKING:
     from hagroup.engine.group import GroupEngine
@@ -145,16 +146,17 @@ class Changer:
 
         def seal_again(life: Life, _: list[Handle]) -> bytes:
             assert life.keys is not None
-            return reseal(
-                life.connection,
-                life.keys,
-                envelope,
-                old=old,
-                uid=after.uid,
-                revision=after.revision,
-                attributes=after.attributes,
-                timeout=self._timeout,
-            )
+            with within(self._timeout):
+                return reseal(
+                    life.connection,
+                    life.keys,
+                    envelope,
+                    old=old,
+                    uid=after.uid,
+                    revision=after.revision,
+                    attributes=after.attributes,
+                    timeout=self._timeout,
+                )
 
         sealed = self._group.caller.run([], seal_again, logged_in=logged_in, need_keys=True)
         return msgspec.structs.replace(after, envelope=sealed)
@@ -168,7 +170,8 @@ class Changer:
             try:
                 if member.name not in intent.asked:
                     return Result(member.name, Outcome.UNKNOWN)
-                result = self._group.replicator.set(member, life, old, after, intent.change)
+                with within(self._timeout):
+                    result = self._group.replicator.set(member, life, old, after, intent.change)
                 if result.outcome is Outcome.CONFIRMED:
                     self._accepted(member, life, old, after, intent)
                 return result
@@ -272,16 +275,17 @@ class Changer:
         def ask(member: Member, life: Life) -> None:
             try:
                 if member.name in owed:
-                    result = self._group.replicator.destroy(
-                        member,
-                        life,
-                        uid,
-                        owed[member.name].locators,
-                        tombstone.fingerprint,
-                        record.attributes,
-                        tombstone.change,
-                        may_be_hidden=owed[member.name].asked_before,
-                    )
+                    with within(self._timeout):
+                        result = self._group.replicator.destroy(
+                            member,
+                            life,
+                            uid,
+                            owed[member.name].locators,
+                            tombstone.fingerprint,
+                            record.attributes,
+                            tombstone.change,
+                            may_be_hidden=owed[member.name].asked_before,
+                        )
                     if result.outcome is Outcome.CONFIRMED:
                         confirmed.append(member.name)
             finally:

@@ -25,6 +25,7 @@ from hagroup.engine.objects import SessionObject, TokenObject
 from hagroup.engine.opening import CONNECTION_LOST
 from hagroup.engine.proof import fingerprint
 from hagroup.errors import GroupUnavailable, NotReplicable
+from hagroup.members.bounded import left, within
 
 if TYPE_CHECKING:
     from hagroup.engine.group import GroupEngine
@@ -173,6 +174,10 @@ class Maker:
             return self._copy_at_home(session, item, template, uid, attributes, token)
 
         def draft(life: Life, _: list[Handle]) -> ObjectRecord:
+            with within(self._timeout):
+                return draft_on(life)
+
+        def draft_on(life: Life) -> ObjectRecord:
             envelope = source.envelope
             if envelope is not None:
                 assert life.keys is not None
@@ -265,9 +270,14 @@ class Maker:
             drafts = [msgspec.structs.replace(draft, template=_with_id(draft.template, shared)) for draft in drafts]
         if True in tokens:
             self._group.replication.refuse_if_degraded()
+
+        def draft_all(life: Life, used: list[Handle]) -> list[tuple[ObjectRecord, Life | None, Handle | None]]:
+            with within(self._timeout):
+                return self._draft(session, life, used, drafts, build)
+
         result = self._group.caller.run(
             uses,
-            lambda life, used: self._draft(session, life, used, drafts, build),
+            draft_all,
             logged_in=self._group.access.user,
             mechanism=None if mech is None else mech[0],
             need_keys=True in tokens,
@@ -446,6 +456,12 @@ class Maker:
 
     def _leave(self, life: Life, sid: SessionId) -> None:
         """Close a scratch session: ghosts of what failed in it vanish with it (DESIGN.md 8, trap 4)."""
+        if left(self._timeout) <= 0:  # nobody waits for that any more
+            self._group.roster.submit(self._close, life, sid)
+        else:
+            self._close(life, sid)
+
+    def _close(self, life: Life, sid: SessionId) -> None:
         try:
             life.connection.close_session(sid, timeout=self._timeout)
         except (Ckr, DeadlinePassed, *CONNECTION_LOST):

@@ -17,8 +17,9 @@ from hagroup.core.ckr import CKR
 from hagroup.core.records import GroupRecord, Intent, ObjectRecord
 from hagroup.engine.member import Life, Member
 from hagroup.engine.replicate import Outcome, Result
-from hagroup.errors import GroupReadOnly, GroupUnavailable, HAError, JournalMismatch, JournalUnavailable
+from hagroup.errors import CallTimeout, GroupReadOnly, GroupUnavailable, HAError, JournalMismatch, JournalUnavailable
 from hagroup.journal.api import Asking, Busy, NoLongerLive, StaleMembership
+from hagroup.members.bounded import within
 
 if TYPE_CHECKING:
     from hagroup.engine.group import GroupEngine
@@ -40,6 +41,7 @@ class Replication:
         self._roster = group.roster
         self._journal = group.journal
         self._settings = group.config.group
+        self._timeout = group.config.timeouts.generate
         self._numbers = itertools.count(1)
 
     def targets(self) -> list[tuple[Member, Life]]:
@@ -125,11 +127,12 @@ class Replication:
         self._group.replicator.in_flight.end((member.name, uid) for uid in uids)
 
     def wait_for(self, futures: Mapping[Future[Any], tuple[Member, Life]]) -> None:
-        """Until each member has answered, or was found lost: what becomes of its call is dealt with where it runs."""
+        """Until each member has answered, was found lost, or had its time: what becomes of its call is dealt with where
+        it runs."""
         pending = dict(futures)
-        patience = self._group.config.timeouts.call
-        while pending:
-            done, _ = wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
+        patience, end = self._group.config.timeouts.call, self._roster.clock.boot() + self._timeout
+        while pending and (most := end - self._roster.clock.boot()) > 0:
+            done, _ = wait(pending, timeout=min(patience, most), return_when=FIRST_COMPLETED)
             if not done:  # somebody is slow or hangs: a probe tells which
                 for member, life in pending.values():
                     self._roster.submit(self._roster.probe, member, life)
@@ -198,7 +201,8 @@ class Replication:
     def _install(self, member: Member, life: Life, records: Sequence[ObjectRecord]) -> Result:
         begun = self._roster.clock.boot()
         try:
-            result = self._group.replicator.install(member, life, records)
+            with within(self._timeout):
+                result = self._group.replicator.install(member, life, records)
             if result.outcome is Outcome.CONFIRMED:
                 self._roster.choosing.took(member, self._roster.clock.boot() - begun)
             return result
@@ -214,7 +218,7 @@ class Replication:
         full = 0
         """Members in service without room for it: that they are there does not make one copy enough."""
         pending = dict(futures)
-        patience = self._group.config.timeouts.call
+        patience, end = self._group.config.timeouts.call, self._roster.clock.boot() + self._timeout
         while True:
             usable = len(confirmed) + full + sum(1 for member in pending.values() if member.life is not None)
             needed = self._settings.min_replicas
@@ -222,10 +226,15 @@ class Replication:
                 needed = min(needed, max(1, usable))
             if len(confirmed) >= needed and self._live(intent, needed, confirmed):
                 return
+            most = end - self._roster.clock.boot()
+            if pending and most <= 0:
+                text = f"too few members took the new object within {self._timeout:g} s; nothing of it is kept"
+                failures += [Result(member.name, Outcome.UNKNOWN, CallTimeout(text)) for member in pending.values()]
+                pending.clear()
             if not pending:
                 self._abandon(intent, failures)
                 return
-            done, _ = wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
+            done, _ = wait(pending, timeout=min(patience, most), return_when=FIRST_COMPLETED)
             if not done:  # somebody is slow or hangs: a probe tells which
                 for member in pending.values():
                     if member.life is not None:

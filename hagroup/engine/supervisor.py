@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import wait
 from functools import partial
 
 from hagroup.config import logging
@@ -243,10 +244,12 @@ class Supervisor:
         """An object was given up: what members hold of it goes now."""
         self._clean(self._roster.members.values())
 
-    def _clean(self, members: Iterable[Member]) -> None:
+    def _clean(self, members: Iterable[Member], *, most: float | None = None) -> None:
+        """:param most: seconds to wait for it; what takes longer goes on in the background."""
+        end = self._clock.boot() + (self._roster.config.timeouts.call if most is None else most)
         for member in list(members):
-            if member.serving and self._ready(member) and self._take(member, self._roster.config.timeouts.call):
-                self._resync_task(member)
+            if member.serving and self._ready(member) and self._take(member, max(0.0, end - self._clock.boot())):
+                wait([self._roster.submit(self._resync_task, member)], timeout=max(0.0, end - self._clock.boot()))
 
     def finish(self, uid: bytes, begun: float) -> None:
         """Not all members took a change of an object. Those that were connected anew since it began, to look at their
@@ -264,7 +267,7 @@ class Supervisor:
             if left <= 0:
                 return
             self._roster.wait_for_change(left, partial(self._settled, coming))
-            self._clean(coming)
+            self._clean(coming, most=max(0.0, end - self._clock.boot()))
             if self._still_owing(uid, coming):  # another process is at that member, or it has not come yet
                 self._roster.wait_for_change(min(pause, left), lambda: False)
                 pause *= 2

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone, StaleGeneration, WorkerFault
-from hagroup.members import launch, window
+from hagroup.members import bounded, launch, window
 from hagroup.members.api import MechanismInfo, ModuleInfo
 from hagroup.members.connection import MessageConnection
 from hagroup.members.frames import BULK, CKR_RETURNED, DEADLINE, OK, STALE, Channel
@@ -154,6 +154,9 @@ class ProcessConnection(MessageConnection):
     def _call(self, operation: str, generation: int, arguments: list[Any], timeout: float) -> Any:
         if self._ended:
             raise MemberGone(f"member {self._name}: the connection is closed", sent=False)
+        timeout = bounded.left(timeout)
+        if timeout <= 0:
+            raise DeadlinePassed(f"member {self._name}: no time is left for {operation}")
         channel = self._channel(timeout)
         message = [channel.number, operation, generation, arguments]
         bulk: bytes | None = None
