@@ -1,4 +1,4 @@
-"""Members that answer everything, each request just in time: a change is many of them, and is bounded all the same (G5)."""
+"""Members that answer everything, each request just in time: a change is many of those, and is bounded (G5)."""
 
 from __future__ import annotations
 
