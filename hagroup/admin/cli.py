@@ -24,6 +24,8 @@ from hagroup.admin.options import (
     FINE,
     UNREACHABLE,
     USAGE,
+    FirstSoPinEnv,
+    FirstSoPinFile,
     Json,
     PinEnv,
     PinFile,
@@ -106,10 +108,8 @@ def _options(
 
 @group_app.command("create")
 def group_create(
-    so_pin_file: Annotated[
-        Path | None, typer.Option("--so-pin-file", readable=False, help="file with the members' SO PIN")
-    ] = None,
-    so_pin_env: Annotated[str | None, typer.Option("--so-pin-env", help="variable with the members' SO PIN")] = None,
+    so_pin_file: FirstSoPinFile = None,
+    so_pin_env: FirstSoPinEnv = None,
     pin_file: PinFile = None,
     pin_env: PinEnv = None,
     sealed: Annotated[

@@ -93,10 +93,7 @@ def _create_group(
     existing: Callable[[Mapping[str, int]], None],
 ) -> str:
     timeout = config.timeouts.generate
-    lives: dict[str, Life] = {}
-    try:
-        _open_all(config, pins, lives, timeout=timeout)
-        _check(config, lives, timeout=timeout)
+    with _opened(config, pins, timeout=timeout) as lives:
         keys = _held(config, lives, timeout=timeout)
         if found := _objects_already(lives, timeout=timeout):
             existing(found)
@@ -108,49 +105,47 @@ def _create_group(
         except BaseException:
             _take_back(lives, made, timeout=timeout)
             raise
-    finally:
-        for life in lives.values():
-            life.connection.close()
 
 
 def create_domain(
     config: GroupConfig,
     pins: Mapping[str, Pin],
+    so_pin: Pin,
     *,
     sealed: bool,
     hand_out: Callable[[tuple[bytes, bytes]], None] | None,
 ) -> None:
     """Make the domain's keys on every member of a group that is still to be created.
 
+    :param pins: user PIN of each member.
+    :param so_pin: SO PIN of the first member.
     :param hand_out: gives shares of both secrets to people before anything is made; None: there are no shares, and the
         keys are never outside of a member.
-    :raises ConfigurationError: a member cannot take part, or holds keys already; nothing was changed.
+    :raises ConfigurationError: a member cannot take part, holds keys already, or its security officer does not agree;
+        nothing was changed.
     """
-    with _alone(config):
-        _create_domain(config, pins, sealed=sealed, hand_out=hand_out)
-
-
-def _create_domain(
-    config: GroupConfig,
-    pins: Mapping[str, Pin],
-    *,
-    sealed: bool,
-    hand_out: Callable[[tuple[bytes, bytes]], None] | None,
-) -> None:
     timeout = config.timeouts.generate
-    lives: dict[str, Life] = {}
-    try:
-        _open_all(config, pins, lives, timeout=timeout)
-        _check(config, lives, timeout=timeout)
+    with _alone(config), _opened(config, pins, timeout=timeout) as lives:
         held = _held(config, lives, timeout=timeout)
         if held:
             names = ", ".join(held)
             raise ConfigurationError(f"keys of a domain are there already, on {names}; nothing was changed")
+        _officer_agrees(config, lives, held, so_pin, timeout=timeout)
         secret = None
         if hand_out is not None:
             secret = random_secrets(lives[config.members[0].name].connection, timeout=timeout)
             hand_out(secret)
         generate_domain(_sides(config, lives), sealed=sealed, timeout=timeout, secrets=secret)
+
+
+@contextmanager
+def _opened(config: GroupConfig, pins: Mapping[str, Pin], *, timeout: float) -> Iterator[dict[str, Life]]:
+    """Every member with its user logged in, looked at for what speaks against it."""
+    lives: dict[str, Life] = {}
+    try:
+        _open_all(config, pins, lives, timeout=timeout)
+        _check(config, lives, timeout=timeout)
+        yield lives
     finally:
         for life in lives.values():
             life.connection.close()
@@ -334,7 +329,7 @@ def _objects_already(lives: Mapping[str, Life], *, timeout: float) -> dict[str, 
 def _officer_agrees(
     config: GroupConfig, lives: Mapping[str, Life], held: Mapping[str, DomainKeys], so_pin: Pin, *, timeout: float
 ) -> None:
-    """A group takes two people, also where no step needs what only the security officer may do: he logs in once.
+    """A domain takes two people, also where no step needs what only the security officer may do: he logs in once.
 
     :raises ConfigurationError: he does not; nothing was changed.
     """
