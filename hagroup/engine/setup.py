@@ -18,7 +18,7 @@ from hagroup.config.load import load
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig, MemberConfig, SqliteUrl
 from hagroup.config.pins import Pin
-from hagroup.config.write import set_group_serial
+from hagroup.config.write import refuse_present, set_group_serial, write_new
 from hagroup.core.attributes import CKA, CKM, CKO, pack_bool, pack_ulong, unpack_bool
 from hagroup.core.calls import Ckr, DeadlinePassed, Template
 from hagroup.core.clock import Clock
@@ -50,21 +50,34 @@ def create_group(
     sealed: bool,
     clock: Clock,
     existing: Callable[[Mapping[str, int]], None] = lambda found: None,
+    new: bool = False,
 ) -> str:
     """Make the group. Returns its serial number, which was also written into the configuration.
 
     :param pins: user PIN of each member.
     :param so_pin: SO PIN of the member that speaks for the others: the first, or the first with keys of a domain.
     :param existing: is told how many objects members hold already, where some do, before anything is changed.
+    :param new: the configuration's file is not there yet: it is written when all else is done.
     :raises ConfigurationError: a member cannot take part; nothing was changed.
     :raises DomainMismatch: members belong to different cloning domains already; nothing was changed.
     """
-    with _alone(config):
-        return _create_group(config, pins, so_pin, sealed=sealed, clock=clock, existing=existing)
+    timeout = config.timeouts.generate
+    with _alone(config, new=new), _opened(config, pins, timeout=timeout) as lives:
+        keys = _held(config, lives, timeout=timeout)
+        if found := _objects_already(lives, timeout=timeout):
+            existing(found)
+        _officer_agrees(config, lives, keys, so_pin, timeout=timeout)
+        made: dict[str, DomainKeys] = {}
+        try:
+            _domain(config, lives, keys, made, so_pin, sealed=sealed, timeout=timeout)
+            return _record(config, lives, keys | made, clock, timeout=timeout, new=new)
+        except BaseException:
+            _take_back(lives, made, timeout=timeout)
+            raise
 
 
 @contextmanager
-def _alone(config: GroupConfig) -> Iterator[None]:
+def _alone(config: GroupConfig, *, new: bool = False) -> Iterator[None]:
     """One at a time makes a group of these members: who fails takes back what is there, also another one's.
 
     :raises GroupUnavailable: another one is making it. :raises ConfigurationError: it was made meanwhile.
@@ -72,7 +85,9 @@ def _alone(config: GroupConfig) -> Iterator[None]:
     folder = os.open(config.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if load(config.path).group.serial is not None:
+        if new:
+            refuse_present(config.path)
+        elif load(config.path).group.serial is not None:
             raise ConfigurationError(f"{config.path}: this group was created meanwhile; `ha-admin status` shows it")
         yield
     except BlockingIOError:
@@ -81,30 +96,6 @@ def _alone(config: GroupConfig) -> Iterator[None]:
         ) from None
     finally:
         os.close(folder)
-
-
-def _create_group(
-    config: GroupConfig,
-    pins: Mapping[str, Pin],
-    so_pin: Pin,
-    *,
-    sealed: bool,
-    clock: Clock,
-    existing: Callable[[Mapping[str, int]], None],
-) -> str:
-    timeout = config.timeouts.generate
-    with _opened(config, pins, timeout=timeout) as lives:
-        keys = _held(config, lives, timeout=timeout)
-        if found := _objects_already(lives, timeout=timeout):
-            existing(found)
-        _officer_agrees(config, lives, keys, so_pin, timeout=timeout)
-        made: dict[str, DomainKeys] = {}
-        try:
-            _domain(config, lives, keys, made, so_pin, sealed=sealed, timeout=timeout)
-            return _record(config, lives, keys | made, clock, timeout=timeout)
-        except BaseException:
-            _take_back(lives, made, timeout=timeout)
-            raise
 
 
 def create_domain(
@@ -344,6 +335,7 @@ def _record(
     clock: Clock,
     *,
     timeout: float,
+    new: bool,
 ) -> str:
     serial = f"{secrets.randbelow(90_000_000) + 10_000_000}"
     first = config.members[0]
@@ -387,11 +379,18 @@ def _record(
             journal.event("group created", f"with members {', '.join(by_name)}")
         finally:
             journal.close()
-        set_group_serial(config.path, serial)
+        if new:
+            write_new(_with_serial(config, serial), mode=0o600)
+        else:
+            set_group_serial(config.path, serial)
     except BaseException:
         delete_journal(config.journal)
         raise
     return serial
+
+
+def _with_serial(config: GroupConfig, serial: str) -> GroupConfig:
+    return msgspec.structs.replace(config, group=msgspec.structs.replace(config.group, serial=serial))
 
 
 def _show(
@@ -404,8 +403,7 @@ def _show(
     timeout: float,
 ) -> None:
     """How the group is reached, on each member. One that has no room for it is a member like any other."""
-    created = msgspec.structs.replace(config, group=msgspec.structs.replace(config.group, serial=group.serial))
-    shown = configuration.compose(created, group, members)
+    shown = configuration.compose(_with_serial(config, group.serial), group, members)
     for member in config.members:
         try:
             configuration.write(lives[member.name].connection, keys[member.name], shown, timeout=timeout)
