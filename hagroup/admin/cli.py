@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hagroup.admin import commands, move_commands, new_host_commands, rebuild_commands, show, sync_commands
+from hagroup.admin import commands, move_commands, new_group, new_host_commands, rebuild_commands, show, sync_commands
 from hagroup.admin.backup_commands import backup_app
 from hagroup.admin.clear_commands import clear
 from hagroup.admin.doctor_commands import doctor, recover
@@ -24,6 +25,9 @@ from hagroup.admin.options import (
     FINE,
     UNREACHABLE,
     USAGE,
+    FirstSoPinEnv,
+    FirstSoPinFile,
+    JournalFile,
     Json,
     PinEnv,
     PinFile,
@@ -39,6 +43,8 @@ from hagroup.admin.options import (
 from hagroup.admin.pins import default_config
 from hagroup.admin.verify_commands import verify
 from hagroup.config import logging as logs
+from hagroup.config.load import load
+from hagroup.config.write import render
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone
 from hagroup.engine.login import PIN_ERRORS
 from hagroup.errors import ConfigurationError, GroupUnavailable, HAError
@@ -106,10 +112,28 @@ def _options(
 
 @group_app.command("create")
 def group_create(
-    so_pin_file: Annotated[
-        Path | None, typer.Option("--so-pin-file", readable=False, help="file with the members' SO PIN")
+    label: Annotated[
+        str | None, typer.Option("--label", help="of a group whose hagroup.toml is not there yet, as what follows")
     ] = None,
-    so_pin_env: Annotated[str | None, typer.Option("--so-pin-env", help="variable with the members' SO PIN")] = None,
+    member: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--member",
+            metavar=new_group.MEMBER,
+            help="a member; repeat it; label=LABEL in place of serial, pin-env=VARIABLE in place of pin-file",
+        ),
+    ] = None,
+    journal: Annotated[
+        str | None, typer.Option("--journal", metavar="URL", help="where the journal is to be (default: beside FILE)")
+    ] = None,
+    journal_ca: JournalFile = None,
+    journal_cert: JournalFile = None,
+    journal_key: JournalFile = None,
+    min_replicas: Annotated[
+        int | None, typer.Option("--min-replicas", help="members that hold a new key before the call returns")
+    ] = None,
+    so_pin_file: FirstSoPinFile = None,
+    so_pin_env: FirstSoPinEnv = None,
     pin_file: PinFile = None,
     pin_env: PinEnv = None,
     sealed: Annotated[
@@ -125,6 +149,9 @@ def group_create(
 ) -> None:
     """Make the group that the configuration describes: cloning domain, journal, serial number.
 
+    Where FILE is not there yet it is made: from --label and --member, or from answers at a terminal. It is written
+    when the group is there; whatever else may stand in it is added by hand.
+
     Two people are needed, as for every join: the user (PIN) and the security officer (SO PIN) of the first member.
 
     Objects that members hold already become the group's and are brought to all members (copy, as by `sync --adopt`),
@@ -137,14 +164,34 @@ def group_create(
         if chosen[0] is Existing.STOP:
             raise ConfigurationError(f"objects are there already, {shown(found)}; nothing was changed")
 
-    commands.create(
-        chosen_config(),
-        pin=(pin_file, pin_env),
-        so_pin=(so_pin_file, so_pin_env),
-        sealed=sealed,
-        confirm=None if yes else confirm,
-        existing=decide,
+    path = Path(os.path.abspath(chosen_config()))
+    files = {"ca": journal_ca, "cert": journal_cert, "key": journal_key}
+    given = new_group.Given(
+        label=label,
+        members=tuple(member or ()),
+        journal=journal,
+        files={name: file.absolute() for name, file in files.items() if file is not None},
+        min_replicas=min_replicas,
     )
+    with contextlib.ExitStack() as until_done:
+        new = not os.path.lexists(path)
+        if new:
+            until_done.enter_context(new_group.place_for(path))
+            config = new_group.compose(path, given)
+            if not yes and sys.stdin.isatty():
+                typer.echo(f"\n{render(config)}")
+        else:
+            new_group.refuse_options(path, given)
+            config = load(path)
+        commands.create(
+            config,
+            new=new,
+            pin=(pin_file, pin_env),
+            so_pin=(so_pin_file, so_pin_env),
+            sealed=sealed,
+            confirm=None if yes else confirm,
+            existing=decide,
+        )
     if Existing.COPY in chosen:
         sync_commands.adopt(pin=(pin_file, pin_env), label=None, as_json=False)
     elif Existing.LEAVE in chosen:

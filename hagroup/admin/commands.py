@@ -61,8 +61,9 @@ class ObjectLine(msgspec.Struct, frozen=True):
 
 
 def create(
-    path: Path,
+    config: GroupConfig,
     *,
+    new: bool,
     pin: PinOptions,
     so_pin: PinOptions,
     sealed: bool,
@@ -71,9 +72,10 @@ def create(
 ) -> None:
     """``group create``.
 
+    :param new: the configuration was made here: its file is written when the group is there.
     :param existing: is told how many objects members hold already; raises where that is a reason to stop.
     """
-    config = load(path)
+    path = config.path
     if config.group.serial is not None:
         raise ConfigurationError(
             f"{path}: [group] serial is set ({config.group.serial}): this group was created already; `ha-admin status` "
@@ -84,8 +86,12 @@ def create(
     names = ", ".join(member.name for member in config.members)
     if confirm is not None and not confirm(f"Create group {config.group.label} of {names}?"):
         raise ConfigurationError("not confirmed (give --yes in scripts); nothing was changed")
-    serial = group_setup.create_group(config, given, officer, sealed=sealed, clock=SystemClock(), existing=existing)
+    serial = group_setup.create_group(
+        config, given, officer, sealed=sealed, clock=SystemClock(), existing=existing, new=new
+    )
     print(f"group {config.group.label} ({serial}) created: {names}")
+    if new:
+        print(f"{path} is written")
 
 
 def delete_group(path: Path, *, pin: PinOptions, confirm: Callable[[str, str], bool] | None) -> str:

@@ -14,6 +14,8 @@ from hagroup.admin.member_commands import opened
 from hagroup.admin.options import (
     DEGRADED,
     USAGE,
+    FirstSoPinEnv,
+    FirstSoPinFile,
     Json,
     PinEnv,
     PinFile,
@@ -80,10 +82,13 @@ def domain_create(
     shares_folder: SharesFolder = None,
     pin_file: PinFile = None,
     pin_env: PinEnv = None,
+    so_pin_file: FirstSoPinFile = None,
+    so_pin_env: FirstSoPinEnv = None,
     yes: Yes = False,
 ) -> None:
     """Make both keys on all members of hagroup.toml, before `group create`, which does this by itself otherwise.
 
+    Two people are needed: the user (PIN) and the security officer (SO PIN) of the first member.
     With --shares the keys exist in this host while they are split; each share is shown alone, to its holder.
     """
     path = chosen_config()
@@ -92,6 +97,7 @@ def domain_create(
         fail(f"{path}: this group was created already and has its keys; `domain rotate` changes them", USAGE)
     scheme = _scheme(how, shares_folder)
     user_pins = commands.user_pins(config, (pin_file, pin_env))
+    so_pin = pins.read("SO PIN", file=so_pin_file, variable=so_pin_env)
     names = ", ".join(member.name for member in config.members)
     _agreed(yes, f"Make the keys of a new domain on {names}?")
 
@@ -99,7 +105,8 @@ def domain_create(
         if scheme is not None:
             share_words.hand_out(config.group.label, secrets, scheme, shares_folder)
 
-    group_setup.create_domain(config, user_pins, sealed=sealed, hand_out=hand_out if scheme is not None else None)
+    given = hand_out if scheme is not None else None
+    group_setup.create_domain(config, user_pins, so_pin, sealed=sealed, hand_out=given)
     say(f"domain made on {names}; now `ha-admin group create`")
 
 

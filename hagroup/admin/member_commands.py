@@ -126,12 +126,15 @@ def member_list(as_json: Json = False) -> None:
 
 
 def environment(settings: list[str]) -> dict[str, str]:
-    """As hagroup.toml would have them: what looks like a relative path is relative to that file."""
+    """As hagroup.toml would have them: what looks like a relative path is relative to that file.
+
+    :raises ConfigurationError: one of them is no NAME=VALUE.
+    """
     found = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or not name:
-            fail(f"--env {setting}: write NAME=VALUE", USAGE)
+            raise ConfigurationError(f"env {setting}: write NAME=VALUE; nothing was changed")
         found[name] = absolute_env_value(value, chosen_config().absolute().parent)
     return found
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from hagroup.admin.options import Json, chosen_config, print_json, say
+from hagroup.admin.options import Json, Yes, chosen_config, confirm, print_json, say
 from hagroup.config.load import load
 from hagroup.config.model import EtcdUrl, GroupConfig, JournalSection, SqliteUrl
 from hagroup.config.urls import BadUrl, parse_journal_url
@@ -31,6 +31,7 @@ def move(
     cancel: Annotated[
         bool, typer.Option("--cancel", help="leave an interrupted move; FROM takes changes again")
     ] = False,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Move the journal to another place: from SQLite to etcd, or back. Interrupted, the same command completes it.
@@ -56,6 +57,12 @@ def move(
         moving.cancel(old, new, clock=clock)
         say(f"{old.url} is the journal, and takes changes")
         return
+    question = (
+        f"Move the journal of group {config.group.label} from {old.url} to {new.url}? (programs can change nothing "
+        "until they are started again with the new [journal])"
+    )
+    if not yes and not confirm(question):
+        raise ConfigurationError("not confirmed (give --yes in scripts); nothing was moved")
     command = f"ha-admin journal move {old.url} {new.url}"
     done = moving.move(old, new, serial=config.group.serial, command=command, clock=clock)
     if as_json:

@@ -24,6 +24,11 @@ SoPinFile = Annotated[
     Path | None, typer.Option("--so-pin-file", readable=False, help="file with the SO PIN of an existing member")
 ]
 SoPinEnv = Annotated[str | None, typer.Option("--so-pin-env", help="variable with the SO PIN of an existing member")]
+FirstSoPinFile = Annotated[
+    Path | None, typer.Option("--so-pin-file", readable=False, help="file with the members' SO PIN")
+]
+FirstSoPinEnv = Annotated[str | None, typer.Option("--so-pin-env", help="variable with the members' SO PIN")]
+JournalFile = Annotated[Path | None, typer.Option(metavar="FILE", help="as in [journal], for a journal on etcd")]
 Json = Annotated[bool, typer.Option("--json", help="print a document for programs")]
 Yes = Annotated[bool, typer.Option("--yes", help="do not ask")]
 

@@ -87,9 +87,31 @@ def portable(config: GroupConfig) -> str:
 
 def write_new(config: GroupConfig, *, mode: int = 0o644) -> None:
     """Writes ``config`` to ``config.path``, where nothing may be yet."""
-    if os.path.lexists(config.path):
-        raise ConfigurationError(f"{config.path} exists already and is not overwritten")
+    refuse_present(config.path)
     _replace(config.path, render(config), mode)
+
+
+def refuse_present(path: Path) -> None:
+    """:raises ConfigurationError: something is at ``path``, where a new file is to be."""
+    if os.path.lexists(path):
+        raise ConfigurationError(f"{path} exists already and is not overwritten")
+
+
+def check_new(config: GroupConfig, *, check_files: bool = True) -> GroupConfig:
+    """The configuration as it is read once it is written.
+
+    :param check_files: the files that it names are looked at, too.
+    :raises ConfigurationError: it could not be read; the text names no line, since the file is not there yet.
+    """
+    text = render(config)
+    try:
+        return load_text(text, config.path, check_files=check_files)
+    except ConfigurationError as error:
+        raise _without_line(error, config.path) from None
+
+
+def _without_line(error: ConfigurationError, path: Path) -> ConfigurationError:
+    return ConfigurationError(re.sub(rf"^{re.escape(str(path))}(, line \d+)?: ", "", str(error)))
 
 
 def append_member(path: str | os.PathLike[str], member: MemberConfig) -> GroupConfig:
@@ -106,7 +128,7 @@ def check_new_member(path: str | os.PathLike[str], member: MemberConfig) -> None
     try:
         load_text(f"{text}\n\n{_member(member, before.folder)}", before.path)
     except ConfigurationError as error:
-        raise ConfigurationError(str(error).partition(": ")[2]) from None  # no line of the file has it
+        raise _without_line(error, before.path) from None  # no line of the file has it
 
 
 def remove_member(path: str | os.PathLike[str], name: str) -> GroupConfig:

@@ -18,7 +18,7 @@ from hagroup.config.load import load
 from hagroup.config.logging import get_logger
 from hagroup.config.model import GroupConfig, MemberConfig, SqliteUrl
 from hagroup.config.pins import Pin
-from hagroup.config.write import set_group_serial
+from hagroup.config.write import refuse_present, set_group_serial, write_new
 from hagroup.core.attributes import CKA, CKM, CKO, pack_bool, pack_ulong, unpack_bool
 from hagroup.core.calls import Ckr, DeadlinePassed, Template
 from hagroup.core.clock import Clock
@@ -50,21 +50,34 @@ def create_group(
     sealed: bool,
     clock: Clock,
     existing: Callable[[Mapping[str, int]], None] = lambda found: None,
+    new: bool = False,
 ) -> str:
     """Make the group. Returns its serial number, which was also written into the configuration.
 
     :param pins: user PIN of each member.
     :param so_pin: SO PIN of the member that speaks for the others: the first, or the first with keys of a domain.
     :param existing: is told how many objects members hold already, where some do, before anything is changed.
+    :param new: the configuration's file is not there yet: it is written when all else is done.
     :raises ConfigurationError: a member cannot take part; nothing was changed.
     :raises DomainMismatch: members belong to different cloning domains already; nothing was changed.
     """
-    with _alone(config):
-        return _create_group(config, pins, so_pin, sealed=sealed, clock=clock, existing=existing)
+    timeout = config.timeouts.generate
+    with _alone(config, new=new), _opened(config, pins, timeout=timeout) as lives:
+        keys = _held(config, lives, timeout=timeout)
+        if found := _objects_already(lives, timeout=timeout):
+            existing(found)
+        _officer_agrees(config, lives, keys, so_pin, timeout=timeout)
+        made: dict[str, DomainKeys] = {}
+        try:
+            _domain(config, lives, keys, made, so_pin, sealed=sealed, timeout=timeout)
+            return _record(config, lives, keys | made, clock, timeout=timeout, new=new)
+        except BaseException:
+            _take_back(lives, made, timeout=timeout)
+            raise
 
 
 @contextmanager
-def _alone(config: GroupConfig) -> Iterator[None]:
+def _alone(config: GroupConfig, *, new: bool = False) -> Iterator[None]:
     """One at a time makes a group of these members: who fails takes back what is there, also another one's.
 
     :raises GroupUnavailable: another one is making it. :raises ConfigurationError: it was made meanwhile.
@@ -72,7 +85,9 @@ def _alone(config: GroupConfig) -> Iterator[None]:
     folder = os.open(config.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if load(config.path).group.serial is not None:
+        if new:
+            refuse_present(config.path)
+        elif load(config.path).group.serial is not None:
             raise ConfigurationError(f"{config.path}: this group was created meanwhile; `ha-admin status` shows it")
         yield
     except BlockingIOError:
@@ -83,74 +98,45 @@ def _alone(config: GroupConfig) -> Iterator[None]:
         os.close(folder)
 
 
-def _create_group(
-    config: GroupConfig,
-    pins: Mapping[str, Pin],
-    so_pin: Pin,
-    *,
-    sealed: bool,
-    clock: Clock,
-    existing: Callable[[Mapping[str, int]], None],
-) -> str:
-    timeout = config.timeouts.generate
-    lives: dict[str, Life] = {}
-    try:
-        _open_all(config, pins, lives, timeout=timeout)
-        _check(config, lives, timeout=timeout)
-        keys = _held(config, lives, timeout=timeout)
-        if found := _objects_already(lives, timeout=timeout):
-            existing(found)
-        _officer_agrees(config, lives, keys, so_pin, timeout=timeout)
-        made: dict[str, DomainKeys] = {}
-        try:
-            _domain(config, lives, keys, made, so_pin, sealed=sealed, timeout=timeout)
-            return _record(config, lives, keys | made, clock, timeout=timeout)
-        except BaseException:
-            _take_back(lives, made, timeout=timeout)
-            raise
-    finally:
-        for life in lives.values():
-            life.connection.close()
-
-
 def create_domain(
     config: GroupConfig,
     pins: Mapping[str, Pin],
+    so_pin: Pin,
     *,
     sealed: bool,
     hand_out: Callable[[tuple[bytes, bytes]], None] | None,
 ) -> None:
     """Make the domain's keys on every member of a group that is still to be created.
 
+    :param pins: user PIN of each member.
+    :param so_pin: SO PIN of the first member.
     :param hand_out: gives shares of both secrets to people before anything is made; None: there are no shares, and the
         keys are never outside of a member.
-    :raises ConfigurationError: a member cannot take part, or holds keys already; nothing was changed.
+    :raises ConfigurationError: a member cannot take part, holds keys already, or its security officer does not agree;
+        nothing was changed.
     """
-    with _alone(config):
-        _create_domain(config, pins, sealed=sealed, hand_out=hand_out)
-
-
-def _create_domain(
-    config: GroupConfig,
-    pins: Mapping[str, Pin],
-    *,
-    sealed: bool,
-    hand_out: Callable[[tuple[bytes, bytes]], None] | None,
-) -> None:
     timeout = config.timeouts.generate
-    lives: dict[str, Life] = {}
-    try:
-        _open_all(config, pins, lives, timeout=timeout)
-        _check(config, lives, timeout=timeout)
+    with _alone(config), _opened(config, pins, timeout=timeout) as lives:
         held = _held(config, lives, timeout=timeout)
         if held:
             names = ", ".join(held)
             raise ConfigurationError(f"keys of a domain are there already, on {names}; nothing was changed")
+        _officer_agrees(config, lives, held, so_pin, timeout=timeout)
         secret = None
         if hand_out is not None:
             secret = random_secrets(lives[config.members[0].name].connection, timeout=timeout)
             hand_out(secret)
         generate_domain(_sides(config, lives), sealed=sealed, timeout=timeout, secrets=secret)
+
+
+@contextmanager
+def _opened(config: GroupConfig, pins: Mapping[str, Pin], *, timeout: float) -> Iterator[dict[str, Life]]:
+    """Every member with its user logged in, looked at for what speaks against it."""
+    lives: dict[str, Life] = {}
+    try:
+        _open_all(config, pins, lives, timeout=timeout)
+        _check(config, lives, timeout=timeout)
+        yield lives
     finally:
         for life in lives.values():
             life.connection.close()
@@ -334,7 +320,7 @@ def _objects_already(lives: Mapping[str, Life], *, timeout: float) -> dict[str, 
 def _officer_agrees(
     config: GroupConfig, lives: Mapping[str, Life], held: Mapping[str, DomainKeys], so_pin: Pin, *, timeout: float
 ) -> None:
-    """A group takes two people, also where no step needs what only the security officer may do: he logs in once.
+    """A domain takes two people, also where no step needs what only the security officer may do: he logs in once.
 
     :raises ConfigurationError: he does not; nothing was changed.
     """
@@ -349,6 +335,7 @@ def _record(
     clock: Clock,
     *,
     timeout: float,
+    new: bool,
 ) -> str:
     serial = f"{secrets.randbelow(90_000_000) + 10_000_000}"
     first = config.members[0]
@@ -392,11 +379,18 @@ def _record(
             journal.event("group created", f"with members {', '.join(by_name)}")
         finally:
             journal.close()
-        set_group_serial(config.path, serial)
+        if new:
+            write_new(_with_serial(config, serial), mode=0o600)
+        else:
+            set_group_serial(config.path, serial)
     except BaseException:
         delete_journal(config.journal)
         raise
     return serial
+
+
+def _with_serial(config: GroupConfig, serial: str) -> GroupConfig:
+    return msgspec.structs.replace(config, group=msgspec.structs.replace(config.group, serial=serial))
 
 
 def _show(
@@ -409,8 +403,7 @@ def _show(
     timeout: float,
 ) -> None:
     """How the group is reached, on each member. One that has no room for it is a member like any other."""
-    created = msgspec.structs.replace(config, group=msgspec.structs.replace(config.group, serial=group.serial))
-    shown = configuration.compose(created, group, members)
+    shown = configuration.compose(_with_serial(config, group.serial), group, members)
     for member in config.members:
         try:
             configuration.write(lives[member.name].connection, keys[member.name], shown, timeout=timeout)

@@ -11,9 +11,16 @@ if TYPE_CHECKING:
     from hagroup.members.inline import InlineConnection
     from hagroup.members.module import ConnectionSettings, ModuleProblem
     from hagroup.members.open import open_connection
-    from hagroup.members.process import ProcessConnection
+    from hagroup.members.process import ProcessConnection, tokens_in
 
-__all__ = ["ConnectionSettings", "InlineConnection", "ModuleProblem", "ProcessConnection", "open_connection"]
+__all__ = [
+    "ConnectionSettings",
+    "InlineConnection",
+    "ModuleProblem",
+    "ProcessConnection",
+    "open_connection",
+    "tokens_in",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -58,20 +58,14 @@ def load(path: str, name: str) -> Cryptoki:
         raise ModuleProblem(f"member {name}: {path} is not a PKCS#11 module (it has no C_GetFunctionList)") from None
 
 
-class Module:
-    """An initialised module and the member's slot in it."""
+class Slots:
+    """An initialised module and the tokens in its slots."""
 
     def __init__(self, cryptoki: Cryptoki, settings: ConnectionSettings) -> None:
         self.cryptoki = cryptoki
         self.name = settings.name
         self._path = settings.module
         self._initialize(settings.init_args)
-        try:
-            self.slot_id = self._find_slot(settings.token_serial, settings.token_label)
-            self.info = self._module_info()
-        except BaseException:
-            self.finalize()
-            raise
 
     def _initialize(self, init_args: str | None) -> None:
         reserved = None if init_args is None else init_args.encode()
@@ -97,8 +91,6 @@ class Module:
         except Ckr:
             pass
 
-    # -- slots
-
     def _slots(self) -> list[int]:
         count = ctypes.c_ulong()
         self.cryptoki.C_GetSlotList(1, None, ctypes.byref(count))
@@ -107,8 +99,8 @@ class Module:
         self.cryptoki.C_GetSlotList(1, slots, ctypes.byref(count))
         return list(slots[: count.value])
 
-    def _find_slot(self, serial: str | None, label: str | None) -> int:
-        """The slot whose token has this serial number and label (those that are given)."""
+    def tokens(self) -> tuple[list[tuple[int, TokenInfo]], list[str]]:
+        """Slots with their tokens, and those whose token could not be read, with the reason."""
         tokens: list[tuple[int, TokenInfo]] = []
         unreadable: list[str] = []
         for slot in self._slots():
@@ -116,6 +108,42 @@ class Module:
                 tokens.append((slot, self._token_info(slot)))
             except Ckr as error:  # another slot's trouble is not ours, but it may be why ours is not found
                 unreadable.append(f"slot {slot}: {ckr.name(error.rv)}")
+        return tokens, unreadable
+
+    def _token_info(self, slot_id: int) -> TokenInfo:
+        info = CkTokenInfo()
+        self.cryptoki.C_GetTokenInfo(slot_id, ctypes.byref(info))
+        free, total = info.ulFreePrivateMemory, info.ulTotalPrivateMemory
+        return TokenInfo(
+            label=text(info.label),
+            manufacturer=text(info.manufacturerID),
+            model=text(info.model),
+            serial=text(info.serialNumber),
+            flags=info.flags,
+            hardware_version=info.hardwareVersion.pair(),
+            firmware_version=info.firmwareVersion.pair(),
+            min_pin_len=info.ulMinPinLen,
+            max_pin_len=info.ulMaxPinLen,
+            free_private_memory=None if free == CK_UNAVAILABLE_INFORMATION else free,
+            total_private_memory=None if total == CK_UNAVAILABLE_INFORMATION else total or None,
+        )
+
+
+class Module(Slots):
+    """An initialised module and the member's slot in it."""
+
+    def __init__(self, cryptoki: Cryptoki, settings: ConnectionSettings) -> None:
+        super().__init__(cryptoki, settings)
+        try:
+            self.slot_id = self._find_slot(settings.token_serial, settings.token_label)
+            self.info = self._module_info()
+        except BaseException:
+            self.finalize()
+            raise
+
+    def _find_slot(self, serial: str | None, label: str | None) -> int:
+        """The slot whose token has this serial number and label (those that are given)."""
+        tokens, unreadable = self.tokens()
         wanted = [
             slot
             for slot, token in tokens
@@ -134,8 +162,6 @@ class Module:
             f"member {self.name}: {self._path} has no token with {asked or 'any name'}; "
             f"it has: {there or 'none at all'}"
         )
-
-    # -- information
 
     def _module_info(self) -> ModuleInfo:
         info = CkInfo()
@@ -157,24 +183,6 @@ class Module:
 
     def token_info(self) -> TokenInfo:
         return self._token_info(self.slot_id)
-
-    def _token_info(self, slot_id: int) -> TokenInfo:
-        info = CkTokenInfo()
-        self.cryptoki.C_GetTokenInfo(slot_id, ctypes.byref(info))
-        free, total = info.ulFreePrivateMemory, info.ulTotalPrivateMemory
-        return TokenInfo(
-            label=text(info.label),
-            manufacturer=text(info.manufacturerID),
-            model=text(info.model),
-            serial=text(info.serialNumber),
-            flags=info.flags,
-            hardware_version=info.hardwareVersion.pair(),
-            firmware_version=info.firmwareVersion.pair(),
-            min_pin_len=info.ulMinPinLen,
-            max_pin_len=info.ulMaxPinLen,
-            free_private_memory=None if free == CK_UNAVAILABLE_INFORMATION else free,
-            total_private_memory=None if total == CK_UNAVAILABLE_INFORMATION else total or None,
-        )
 
     def mechanisms(self) -> dict[int, MechanismInfo]:
         count = ctypes.c_ulong()

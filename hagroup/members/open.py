@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from hagroup.members.inline import InlineConnection
 from hagroup.members.module import ConnectionSettings, ModuleProblem
-from hagroup.members.process import ProcessConnection
+from hagroup.members.process import ProcessConnection, tokens_in
 
-__all__ = ["ConnectionSettings", "InlineConnection", "ModuleProblem", "ProcessConnection", "open_connection"]
+__all__ = [
+    "ConnectionSettings",
+    "InlineConnection",
+    "ModuleProblem",
+    "ProcessConnection",
+    "open_connection",
+    "tokens_in",
+]
 
 
 def open_connection(

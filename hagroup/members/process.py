@@ -22,12 +22,12 @@ import msgspec
 
 from hagroup.core.calls import Ckr, DeadlinePassed, MemberGone, StaleGeneration, WorkerFault
 from hagroup.members import bounded, launch, window
-from hagroup.members.api import MechanismInfo, ModuleInfo
+from hagroup.members.api import MechanismInfo, ModuleInfo, TokenInfo
 from hagroup.members.connection import MessageConnection
 from hagroup.members.frames import BULK, CKR_RETURNED, DEADLINE, OK, STALE, Channel
 from hagroup.members.module import ConnectionSettings, ModuleProblem
 from hagroup.members.window import Window
-from hagroup.members.worker import CONTROL_MESSAGE, FINISH, NEW_CHANNEL, Hello, Start, StartFailed
+from hagroup.members.worker import CONTROL_MESSAGE, FINISH, NEW_CHANNEL, Found, Hello, Start, StartFailed
 
 _IDLE_CHANNELS = 64  # more are closed when they come back from a burst of calls
 _CLOSE = 5.0  # seconds that an orderly end may take beyond the deadlines of the calls in progress
@@ -69,6 +69,49 @@ def _spawn(settings: ConnectionSettings, control: socket.socket) -> subprocess.P
         raise MemberGone(f"the worker of {settings.name} cannot be started: {error}", sent=False) from None
 
 
+def _asked(control: socket.socket, start: Start, timeout: float) -> Hello | Found:
+    """What the worker answers to its first message."""
+    name = start.settings.name
+    control.settimeout(max(timeout, _LEAST))
+    try:
+        control.send(msgspec.msgpack.encode(start), socket.MSG_NOSIGNAL)
+        answer = control.recv(CONTROL_MESSAGE)
+    except TimeoutError:
+        raise MemberGone(f"member {name} did not start within {timeout:g} s", sent=False) from None
+    except OSError:
+        answer = b""
+    if not answer:
+        raise MemberGone(f"the worker of {name} ended while it started", sent=False)
+    hello = msgspec.msgpack.decode(answer, type=Hello | Found | StartFailed)
+    if isinstance(hello, StartFailed):
+        if hello.rv is not None:
+            raise Ckr(hello.rv, hello.text)
+        if hello.problem:
+            raise ModuleProblem(hello.text)
+        raise MemberGone(f"the worker of {name} could not start: {hello.text}", sent=False)
+    return hello
+
+
+def tokens_in(settings: ConnectionSettings, *, timeout: float) -> list[TokenInfo]:
+    """The tokens in a module's slots, those too that are not initialised; the process that looks ends with the call.
+
+    :param settings: of the module; which token they name counts for nothing.
+    :raises ModuleProblem: a person must put something right. :raises Ckr: the module refused.
+    :raises MemberGone: it did not answer within ``timeout`` seconds.
+    """
+    ours, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with control:
+            process = _spawn(settings, control)
+        try:
+            found = _asked(ours, Start(settings, 0, os.getpid(), look=True), timeout)
+        finally:
+            process.kill()
+            process.wait()
+    assert isinstance(found, Found)
+    return found.tokens
+
+
 class ProcessConnection(MessageConnection):
     """One life of one worker process."""
 
@@ -92,34 +135,13 @@ class ProcessConnection(MessageConnection):
         # The process may be reaped by others (os.wait), and its number given away: signals go by descriptor.
         self._pidfd = os.pidfd_open(self.pid)
         try:
-            hello = self._greet(settings, timeout)
+            hello = _asked(self._control, Start(settings, self._generation, os.getpid()), timeout)
+            assert isinstance(hello, Hello)
         except BaseException:
             self.kill()
             raise
         self._module_info = hello.module
         self._mechanisms = hello.mechanisms
-
-    def _greet(self, settings: ConnectionSettings, timeout: float) -> Hello:
-        start = Start(settings, self._generation, os.getpid())
-        self._control.settimeout(max(timeout, _LEAST))
-        try:
-            self._control.send(msgspec.msgpack.encode(start), socket.MSG_NOSIGNAL)
-            answer = self._control.recv(CONTROL_MESSAGE)
-        except TimeoutError:
-            text = f"member {self._name} did not start within {timeout:g} s"
-            raise MemberGone(text, sent=False) from None
-        except OSError:
-            answer = b""
-        if not answer:
-            raise MemberGone(f"the worker of {self._name} ended while it started", sent=False)
-        hello = msgspec.msgpack.decode(answer, type=Hello | StartFailed)
-        if isinstance(hello, StartFailed):
-            if hello.rv is not None:
-                raise Ckr(hello.rv, hello.text)
-            if hello.problem:
-                raise ModuleProblem(hello.text)
-            raise MemberGone(f"the worker of {self._name} could not start: {hello.text}", sent=False)
-        return hello
 
     # -- what is known without asking
 

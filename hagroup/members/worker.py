@@ -24,7 +24,7 @@ from hagroup.members.api import MechanismInfo, ModuleInfo, TokenInfo
 from hagroup.members.executor import Executor
 from hagroup.members.frames import BULK, CKR_RETURNED, DEADLINE, FAULT, OK, STALE, Channel
 from hagroup.members.lock import WorkerLock
-from hagroup.members.module import ConnectionSettings, Module, ModuleProblem, load
+from hagroup.members.module import ConnectionSettings, Module, ModuleProblem, Slots, load
 from hagroup.members.window import Answer, WorkerWindow
 
 CONTROL_MESSAGE = 1 << 20
@@ -41,6 +41,8 @@ class Start(msgspec.Struct):
     settings: ConnectionSettings
     generation: int
     parent: int
+    look: bool = False
+    """Only the tokens in the module's slots are asked for."""
 
 
 class Hello(msgspec.Struct, tag=True):
@@ -49,6 +51,12 @@ class Hello(msgspec.Struct, tag=True):
     module: ModuleInfo
     token: TokenInfo
     mechanisms: dict[int, MechanismInfo]
+
+
+class Found(msgspec.Struct, tag=True):
+    """The answer where only the tokens were asked for."""
+
+    tokens: list[TokenInfo]
 
 
 class StartFailed(msgspec.Struct, tag=True):
@@ -100,7 +108,7 @@ class Worker:
 
     def _start(self, start: Start) -> None:
         try:
-            answer: Hello | StartFailed = self._load(start)
+            answer: Hello | Found | StartFailed = self._load(start)
         except ModuleProblem as error:
             answer = StartFailed(str(error), problem=True)
         except Ckr as error:
@@ -115,8 +123,14 @@ class Worker:
         gc.collect()
         gc.freeze()  # what is here now stays: no later collection has to look at it
 
-    def _load(self, start: Start) -> Hello | StartFailed:
+    def _load(self, start: Start) -> Hello | Found | StartFailed:
         settings = start.settings
+        if start.look:
+            slots = Slots(load(settings.module, settings.name), settings)
+            try:
+                return Found([token for _, token in slots.tokens()[0]])
+            finally:
+                slots.finalize()
         lock = None
         if settings.lock_file is not None:
             try:

@@ -14,7 +14,7 @@ from tests.support.newcomers import private, tamper
 from tests.support.softhsm import SOFTHSM, make_token
 
 USAGE, UNREACHABLE = 2, 3
-CREATE = ("domain", "create", "--yes")
+CREATE = ("domain", "create", "--yes", "--so-pin-file", "{folder}/so-pin")
 Refused = Callable[[GroupFixture, tuple[str, ...], int, str], None]
 LOOK = """
 import json
@@ -42,6 +42,10 @@ def without_keys(folder: Path, members: int) -> GroupFixture:
     return group
 
 
+def in_folder(group: GroupFixture, words: tuple[str, ...]) -> list[str]:
+    return [word.replace("{folder}", str(group.folder)) for word in words]
+
+
 def secrets(group: GroupFixture, name: str) -> dict[str, list[bool]]:
     """Secret keys on a member's token: SENSITIVE, EXTRACTABLE, WRAP_WITH_TRUSTED, MODIFIABLE of each."""
     found: dict[str, list[bool]] = json.loads(tamper(group.members[name], LOOK))
@@ -53,7 +57,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Runs a command that has to say in one sentence why it does nothing."""
 
     def run(group: GroupFixture, words: tuple[str, ...], status: int, why: str) -> None:
-        code, out, err = run_here(monkeypatch, capsys, "--config", str(group.toml), *words)
+        code, out, err = run_here(monkeypatch, capsys, "--config", str(group.toml), *in_folder(group, words))
         assert code == status, out + err
         assert len(err.splitlines()) == 1 and why in err, err
 
@@ -65,9 +69,13 @@ def test_sealed_and_in_shares(refused: Refused, fast_folder: Path) -> None:
     sealed = without_keys(fast_folder / "sealed-domain", 2)
     folder = sealed.folder / "shares"
     create = ("domain", "create", "--sealed", "--shares", "2-of-3")
-    named = (*create, "--shares-folder", str(folder))
+    alone = (*create, "--shares-folder", str(folder))
+    named = (*alone, "--so-pin-file", str(sealed.folder / "so-pin"))
+    wrong = (*alone, "--yes", "--so-pin-file", str(private(sealed.folder / "wrong", "99999999")))
     refused(sealed, (*create, "--yes"), USAGE, "--shares-folder; nothing was changed")
     refused(sealed, named, USAGE, "not confirmed")
+    refused(sealed, (*alone, "--yes"), USAGE, "the SO PIN is needed: give --so-pin-file or --so-pin-env")
+    refused(sealed, wrong, USAGE, 'member "hsm1" refused the SO PIN')
     sealed.take_away("hsm2")
     try:
         refused(sealed, (*named, "--yes"), UNREACHABLE, 'member "hsm2" cannot be used')
@@ -103,7 +111,7 @@ def test_as_by_default_and_one_that_has_other_keys(refused: Refused, fast_folder
     """By default the keys may leave a member for a token that its security officer trusts. A token that has keys of
     another domain is named, and the one beside it stays as it is."""
     plain = without_keys(fast_folder / "default-domain", 1)
-    done = plain.admin(*CREATE)
+    done = plain.admin(*in_folder(plain, CREATE))
     assert done.returncode == 0, done.stderr
     assert set(secrets(plain, "hsm1")) == {"hagroup domain key", "hagroup partition key"}
     assert all(flags == [True, True, True, False] for flags in secrets(plain, "hsm1").values())

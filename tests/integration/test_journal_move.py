@@ -22,7 +22,9 @@ from tests.support import plain
 from tests.support.etcd import Cluster
 from tests.support.groups import GroupFixture, make_group, run_client, wait_until
 from tests.support.hosts import Host
+from tests.support.terminal import Terminal
 
+_HA_ADMIN = (sys.executable, "-m", "hagroup.admin.cli")
 _MAKE = """
 session.generate_keypair(KeyType.RSA, 1024, store=True, label="signer")
 for label in ("kept", "doomed"):
@@ -61,6 +63,16 @@ def _configured(group: GroupFixture, journal: object) -> None:
     group.toml.write_text(text.replace(old, journal_section(journal, config.folder)))  # type: ignore[arg-type]
 
 
+def _not_confirmed(group: GroupFixture, words: list[str]) -> None:
+    """Nobody is there who says yes, or the one who is says no."""
+    done = group.admin("journal", "move", *words)
+    assert done.returncode == 2 and "not confirmed (give --yes in scripts); nothing was moved" in done.stderr, done
+    terminal = Terminal([*_HA_ADMIN, "--config", group.toml, "journal", "move", *words])
+    terminal.expect("[y/N]")
+    terminal.send("n\n")
+    assert terminal.end() == 2, terminal.text
+
+
 def _in_order(group: GroupFixture, labels: list[str]) -> None:
     done = group.admin("sync")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,6 +93,9 @@ def test_to_etcd_under_a_running_program(group: GroupFixture, node: Cluster) -> 
         for broken in (["sqlite:other.db", str(new.url)], ["x", "y"]):
             done = group.admin("journal", "move", *broken)
             assert done.returncode == 2 and "nothing was moved" in done.stderr, done.stderr
+        _not_confirmed(group, ["sqlite:journal.db", str(new.url), *_options(node)])
+        host.do("aes", "doomed")
+        host.do("destroy", "doomed")
         journal = open_for_moving(old, clock=SystemClock())  # a move that was cut off after its first step
         journal.begin_move(str(new.url), at_once=True)
         journal.close()
@@ -91,15 +106,15 @@ def test_to_etcd_under_a_running_program(group: GroupFixture, node: Cluster) -> 
         assert done.returncode == 0, done.stderr
         host.do("aes", "meanwhile")
 
-        command = [sys.executable, "-m", "hagroup.admin.cli", "--config", str(group.toml), "journal", "move"]
-        process = subprocess.Popen([*command, "sqlite:journal.db", str(new.url), *_options(node)])
+        command = [*_HA_ADMIN, "--config", str(group.toml), "journal", "move"]
+        process = subprocess.Popen([*command, "sqlite:journal.db", str(new.url), "--yes", *_options(node)])
         made = 0
         while "ok" in host.ask("aes", "more"):
             made += 1
             time.sleep(0.2)  # a program that has pauses: the move begins in one
         process.send_signal(signal.SIGKILL)  # wherever it is by now
         process.wait()
-        done = group.admin("journal", "move", "sqlite:journal.db", str(new.url), *_options(node))
+        done = group.admin("journal", "move", "sqlite:journal.db", str(new.url), "--yes", *_options(node))
         assert done.returncode == 0, done.stderr
         assert str(new.url) in done.stdout and "[journal]" in done.stdout
         assert host.do("sign", "signer") == 128, "as without the journal"
@@ -157,10 +172,14 @@ def _start(node: Cluster) -> None:
 
 def test_back_to_sqlite(group: GroupFixture, node: Cluster) -> None:
     url = str(load(group.toml).journal.url)
-    done = group.admin("journal", "move", url, "sqlite:journal.db")
+    done = group.admin("journal", "move", url, "sqlite:journal.db", "--yes")
     assert done.returncode == 2 and "exists already" in done.stderr, done.stderr
-    done = group.admin("journal", "move", url, "sqlite:back.db")
-    assert done.returncode == 0, done.stderr
+    _not_confirmed(group, [url, "sqlite:back.db"])
+    assert not (group.folder / "back.db").exists()
+    terminal = Terminal([*_HA_ADMIN, "--config", group.toml, "journal", "move", url, "sqlite:back.db"])
+    terminal.expect("[y/N]")
+    terminal.send("y\n")
+    assert terminal.end() == 0, terminal.text
     old = load(group.toml).journal
     done = group.admin("status")
     assert f"moved to sqlite:{group.folder}/back.db" in done.stdout + done.stderr

@@ -70,47 +70,99 @@ def test_make_group_and_the_program(fast_folder: Path) -> None:
     assert len(again.stderr.splitlines()) == 1
 
 
-def test_your_own_hsms(fast_folder: Path) -> None:
-    """Two tokens of one module stand for the vendor's; the rest of the file is as in the README."""
-    folder = fast_folder / "own"
-    folder.mkdir(mode=0o700)
-    tokens = [make_token(folder / "vendor", f"partition {number}", SO_PIN, PIN) for number in (1, 2)]
+CREATE, STATUS = (shlex.split(command)[1:] for command in COMMANDS if command.startswith("ha-admin"))
+
+
+class Own:
+    """Two tokens of one module stand for the vendor's; the rest is as in the README."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700)
+        self.folder = folder
+        self.tokens = [make_token(folder / "vendor", f"partition {number}", SO_PIN, PIN) for number in (1, 2)]
+        self.environment = {"SOFTHSM2_CONF": str(self.tokens[0].conf)}
+        for name, pin in (("hsm1.pin", PIN), ("hsm2.pin", PIN), ("so.pin", SO_PIN)):
+            self.private(name, pin)
+
+    def private(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+        (self.folder / name).chmod(0o600)
+
+    def real(self, text: str) -> str:
+        """With the tokens' serial numbers and module."""
+        text = text.replace("/usr/lib/vendor/libpkcs11.so", SOFTHSM)
+        for given, token in zip(re.findall(r'serial ?= ?"?(\w+)', text), self.tokens, strict=True):
+            text = text.replace(given, token.serial)
+        return text
+
+    def run(self, words: list[str]) -> str:
+        done = subprocess.run(
+            [ADMIN, *words],
+            cwd=self.folder,
+            env=os.environ | self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def on_a_terminal(self, *answers: tuple[str, str]) -> None:
+        terminal = Terminal([ADMIN, *CREATE], cwd=self.folder, env=self.environment, columns=200)
+        seen = 0
+        for question, answer in answers:
+            seen = terminal.expect(question, after=seen)
+            terminal.send(answer + "\n")
+        assert terminal.end() == 0, terminal.text
+        assert "created" in terminal.text
+        assert SO_PIN not in terminal.text
+
+    def check(self) -> None:
+        assert "in sync" in self.run(STATUS)
+        program = (
+            "import sys, hagroup as pkcs11\n"
+            "with pkcs11.lib(sys.argv[1]).get_token().open(rw=True, user_pin='1234') as session:\n"
+            "    session.generate_key(pkcs11.KeyType.AES, 256, store=True, label='mine')\n"
+        )
+        command = [sys.executable, "-c", program, self.folder / "hagroup.toml"]
+        subprocess.run(command, env=os.environ | self.environment, timeout=60, check=True)
+        for token in self.tokens:
+            assert plain.labels({"module": SOFTHSM, "serial": token.serial, "env": self.environment}) == ["mine"]
+
+
+def test_your_own_hsms_from_answers(fast_folder: Path) -> None:
+    own = Own(fast_folder / "asked")
+    own.on_a_terminal(
+        ("Label of the group", "payments"),
+        ("PKCS#11 module", SOFTHSM),
+        ("environment", ""),
+        ("Which are to be members?", ""),
+        ("Name", ""),
+        ("Name", ""),
+        ("Another PKCS#11 module", ""),
+        ("User PINs", "file"),
+        ("hsm1.pin]", ""),
+        ("hsm2.pin]", ""),
+        ("Journal", ""),
+        ("SO PIN:", SO_PIN),
+        ("[y/N]", "y"),
+    )
+    own.check()
+
+
+def test_your_own_hsms_from_options(fast_folder: Path) -> None:
+    own = Own(fast_folder / "told")
+    (script,) = (block for block in blocks("sh") if "group create" in block)
+    own.run(shlex.split(own.real(script).replace("\\\n", ""))[1:])
+    own.check()
+
+
+def test_your_own_hsms_from_a_file(fast_folder: Path) -> None:
+    own = Own(fast_folder / "written")
     (text,) = (block for block in blocks("toml") if "[[member]]" in block)
-    text = text.replace("/usr/lib/vendor/libpkcs11.so", SOFTHSM)
-    for given, token in zip(re.findall(r'token_serial = "(\w+)"', text), tokens, strict=True):
-        text = text.replace(given, token.serial)
-    for name in re.findall(r'file = "([\w.]+)"', text):
-        (folder / name).write_text(PIN)
-        (folder / name).chmod(0o600)
-    (folder / "hagroup.toml").write_text(text)
-    (folder / "hagroup.toml").chmod(0o600)
-    create, status = (shlex.split(command)[1:] for command in COMMANDS if command.startswith("ha-admin"))
-    environment = {"SOFTHSM2_CONF": str(tokens[0].conf)}
-
-    terminal = Terminal([ADMIN, *create], cwd=folder, env=environment)
-    terminal.expect("SO PIN:")
-    terminal.send(SO_PIN + "\n")
-    terminal.expect("[y/N]")
-    terminal.send("y\n")
-    assert terminal.end() == 0, terminal.text
-    assert "created" in terminal.text
-    assert SO_PIN not in terminal.text
-
-    done = subprocess.run(
-        [ADMIN, *status], cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "in sync" in done.stdout
-    program = (
-        "import sys, hagroup as pkcs11\n"
-        "with pkcs11.lib(sys.argv[1]).get_token().open(rw=True, user_pin='1234') as session:\n"
-        "    session.generate_key(pkcs11.KeyType.AES, 256, store=True, label='mine')\n"
-    )
-    subprocess.run(
-        [sys.executable, "-c", program, folder / "hagroup.toml"], env=os.environ | environment, timeout=60, check=True
-    )
-    for token in tokens:
-        assert plain.labels({"module": SOFTHSM, "serial": token.serial, "env": environment}) == ["mine"]
+    own.private("hagroup.toml", own.real(text))
+    own.on_a_terminal(("SO PIN:", SO_PIN), ("[y/N]", "y"))
+    own.check()
 
 
 def test_the_table_of_commands() -> None:

@@ -52,12 +52,13 @@ class Terminal:
         self.output += more
         return bool(more)
 
-    def expect(self, text: str, timeout: float = 120.0) -> None:
-        """Until it has shown ``text``."""
+    def expect(self, text: str, timeout: float = 120.0, *, after: int = 0) -> int:
+        """Until it has shown ``text``, behind its first ``after`` characters. Returns the place behind it."""
         deadline = time.monotonic() + timeout
-        while text not in self.text:
+        while text not in self.text[after:]:
             assert time.monotonic() < deadline, self.text
             assert self._read(0.1), self.text
+        return self.text.index(text, after) + len(text)
 
     def send(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
