@@ -15,6 +15,7 @@ import msgspec
 
 from hagroup.core.records import (
     Changes,
+    Client,
     Copy,
     Event,
     GroupRecord,
@@ -393,6 +394,10 @@ class Journal(Protocol):
         ...
 
     def owner_alive(self, owner: str) -> bool: ...
+    def clients(self) -> list[Client]:
+        """Every owner that is alive, of all hosts that share the journal."""
+        ...
+
     def worker_lock(self, member: str) -> tuple[str, str]:
         """A fresh worker lock: (its name for owed rows, the file's path that the worker locks)."""
         ...

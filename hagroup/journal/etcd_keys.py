@@ -89,6 +89,14 @@ class ClosedIntent(msgspec.Struct, frozen=True):
     outcome: str
 
 
+class KeptOwner(msgspec.Struct, frozen=True):
+    host: str
+    process: int
+    since: float
+    boot: str = ""
+    """Of its host; empty: written by an earlier hagroup."""
+
+
 class KeptEvent(msgspec.Struct, frozen=True):
     time: float
     kind: str

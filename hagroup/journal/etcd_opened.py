@@ -26,7 +26,7 @@ from hagroup.core.records import Intent, OwedRow
 from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import owners
 from hagroup.journal.etcd_client import EtcdClient, Json, Unanswered, b64, pair, range_of
-from hagroup.journal.etcd_keys import Document, Keys, encode
+from hagroup.journal.etcd_keys import Document, KeptOwner, Keys, encode
 from hagroup.journal.etcd_mirror import TTL, Mirror
 from hagroup.journal.etcd_swap import Conflict, OwnerLost
 from hagroup.journal.etcd_times import SeenTimes
@@ -99,7 +99,7 @@ class EtcdOpened(Writer):
                 f"({error})"
             ) from error
         lease = self._client.grant(TTL)
-        told = {"host": socket.gethostname(), "process": os.getpid(), "since": self._clock.wall()}
+        told = KeptOwner(socket.gethostname(), os.getpid(), self._clock.wall(), self._clock.boot_id())
         put = {"key": b64(f"{self._keys.owners}{registration.owner}"), "value": b64(encode(told)), "lease": str(lease)}
         self._client.call("/kv/put", put)
         earlier, self._registration = self._registration, registration

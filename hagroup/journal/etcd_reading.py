@@ -12,6 +12,7 @@ import msgspec
 
 from hagroup.core.records import (
     Changes,
+    Client,
     Copy,
     Event,
     GroupRecord,
@@ -26,7 +27,7 @@ from hagroup.core.records import (
 )
 from hagroup.journal import rows
 from hagroup.journal.etcd_client import PATIENCE, Pair, Unanswered, after_all, b64, pair, range_of
-from hagroup.journal.etcd_keys import Document, KeptEvent, KeptLease, KeptLogin
+from hagroup.journal.etcd_keys import Document, KeptEvent, KeptLease, KeptLogin, KeptOwner
 from hagroup.journal.etcd_opened import EtcdOpened
 from hagroup.journal.etcd_snapshot import group_record, only_listed, read_all, snapshot
 from hagroup.journal.sealed import Sealed, Why
@@ -173,6 +174,21 @@ class EtcdReading(EtcdOpened):
         return sorted(found, key=lambda intent: (intent.change, intent.id))
 
     # -- what was seen, tried and done -----------------------------------------------------------------------------
+
+    def clients(self) -> list[Client]:
+        self._check_usable()
+        found = [
+            Client(
+                owner=one.key.rpartition("/")[2],
+                host=kept.host,
+                process=kept.process,
+                since=kept.since,
+                here=kept.boot == self._clock.boot_id(),
+            )
+            for one in self._client.prefix(self._keys.owners)
+            for kept in [_decode(one.value, type=KeptOwner)]
+        ]
+        return sorted(found, key=lambda client: client.since)
 
     def observations(self, member: str | None = None) -> list[Observation]:
         self._check_usable()
