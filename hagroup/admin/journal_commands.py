@@ -211,26 +211,34 @@ def _say_sealed(found: consistency.Checked, seals: seal_check.SealChecked) -> No
 def journal_todo(
     everything: Annotated[bool, typer.Option("--all", help="what is complete too")] = False, as_json: Json = False
 ) -> None:
-    """Show what is still to be done on which member. Exit status 1: something is."""
-    with commands.opened_journal(load(chosen_config())) as journal:
-        found = outstanding.actions(journal)
+    """Show what is still to be done on which client host and member. Exit status 1: something is.
+
+    Hosts are those on which programs use the group now (as far as the journal knows), and those with something to do.
+    """
+    config = load(chosen_config())
+    with commands.opened_journal(config) as journal:
+        found = outstanding.actions(journal, {member.name for member in config.members})
         names = [member.name for member in journal.members()]
+        hosts = outstanding.hosts(journal, found)
     shown = [one for one in found if everything or not one.complete]
     if as_json:
         print_json(shown)
     elif shown:
+        hosts = hosts if any(one.hosts for one in shown) else []
         names += sorted({name for one in shown for name in one.members} - set(names))
         lines = [
             (
                 "" if one.number is None else str(one.number),
                 when(one.date),
                 one.action,
+                *(one.hosts.get(name, outstanding.NOT_NEEDED) for name in hosts),
                 *(one.members.get(name, outstanding.NOT_NEEDED) for name in names),
                 "yes" if one.complete else "no",
             )
             for one in shown
         ]
-        table(*without_empty(("number", "date (UTC)", "action", *names, "complete"), lines), under=("action",))
+        columns = ("number", "date (UTC)", "action", *(f"host {name}" for name in hosts), *names, "complete")
+        table(*without_empty(columns, lines), under=("action",))
     else:
         say("nothing is to be done")
     if any(not one.complete for one in shown):
@@ -240,7 +248,9 @@ def journal_todo(
 @journal_app.command("note")
 def journal_note(
     text: Annotated[str, typer.Argument(help="what was done or is to be done")],
-    done: Annotated[list[str] | None, typer.Option("--done", metavar="NAME", help="done on this member")] = None,
+    done: Annotated[
+        list[str] | None, typer.Option("--done", metavar="NAME", help="done on this member or host")
+    ] = None,
     to_do: Annotated[list[str] | None, typer.Option("--to-do", metavar="NAME", help="to be done there")] = None,
     not_needed: Annotated[
         list[str] | None, typer.Option("--not-needed", metavar="NAME", help="not needed there")
@@ -254,28 +264,39 @@ def journal_note(
     if not text.strip():
         fail("a note without a word says nothing; nothing was recorded", USAGE)
     if twice := next((name for name in named if named.count(name) > 1), None):
-        fail(f"member {twice} is named twice: done, to do and not needed exclude each other", USAGE)
-    members = {
+        fail(f"{twice} is named twice: done, to do and not needed exclude each other", USAGE)
+    given = {
         **dict.fromkeys(to_do or [], outstanding.TO_DO),
         **dict.fromkeys(not_needed or [], outstanding.NOT_NEEDED),
         **dict.fromkeys(done or [], outstanding.DONE),
     }
     with commands.opened_journal(load(chosen_config())) as journal:
-        _known(journal, members, action)
-        data = outstanding.statuses(members)
+        hosts = {name: status for name, status in given.items() if name in _known(journal, given, action)}
+        members = {name: status for name, status in given.items() if name not in hosts}
+        data = outstanding.statuses(members, hosts)
         if action is not None:
             data[outstanding.ABOUT] = str(action)
         journal.event(outstanding.NOTE, text, data=data)
+        if action is not None:
+            over = {name for name, status in hosts.items() if status != outstanding.TO_DO}
+            outstanding.end_passed_over(journal, action, over)
     say("noted")
 
 
-def _known(journal: Journal, members: dict[str, str], action: int | None) -> None:
+def _known(journal: Journal, given: dict[str, str], action: int | None) -> set[str]:
+    """Those of them that are hosts. (Where a member has a host's name, it is the member.)"""
     names = {member.name for member in journal.members()}
+    found = outstanding.actions(journal)
     if action is not None:
-        about = next((one for one in outstanding.actions(journal) if one.number == action), None)
+        about = next((one for one in found if one.number == action), None)
         if about is None:
             raise ConfigurationError(f"there is no action {action}; `ha-admin journal todo --all` lists them")
         names |= set(about.members)
-    unknown = sorted(set(members) - names)
+    hosts = set(outstanding.hosts(journal, found)) - names
+    unknown = sorted(set(given) - names - hosts)
     if unknown:
-        raise ConfigurationError(f"the group has no member {unknown[0]!r}; its members are: {', '.join(sorted(names))}")
+        raise ConfigurationError(
+            f"the group has no member {unknown[0]!r}; its members are: {', '.join(sorted(names))}; hosts that are "
+            f"known: {', '.join(sorted(hosts))}"
+        )
+    return hosts

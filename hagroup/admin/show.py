@@ -104,6 +104,14 @@ def status(found: Status) -> None:
             since = "" if not member.since else f" (since {when(member.since)} UTC)"
             text = f"{member.name}: {member.state}{since}: {member.reason}"
             paragraph(text, indent=4, style=_STYLES.get(member.state))
+    for client in found.passed_over:
+        paragraph(
+            f"host {client.host}: process {client.process} did not acknowledge {client.what} ({when(client.since)} "
+            "UTC): it is cut off or frozen, and may go on with what it knew before; `ha-admin journal todo` has it "
+            "until it is over",
+            indent=4,
+            style="yellow",
+        )
     _what_to_do(found)
     if found.events:
         console.print()

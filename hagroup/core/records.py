@@ -335,6 +335,19 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     """It runs on this machine, so that its boot times mean something here."""
 
 
+class PassedOver(msgspec.Struct, frozen=True, kw_only=True):
+    """A client that did not acknowledge a change before its registration ran out (DESIGN.md 4.5): cut off, or frozen,
+    it may go on with what it knew before, until it is heard of again or has ended."""
+
+    owner: str
+    host: str
+    process: int
+    time: float
+    """Wall clock, when it was passed over first."""
+    what: str
+    """The change."""
+
+
 class LoginState(StrEnum):
     TRYING = "trying"
     REFUSED = "refused"

@@ -86,6 +86,16 @@ class Detection(msgspec.Struct, frozen=True, kw_only=True):
     """``interval`` times ``threshold`` and ``probe``."""
 
 
+class ClientPassedOver(msgspec.Struct, frozen=True, kw_only=True):
+    """It may go on with what it knew before (DESIGN.md 4.5)."""
+
+    host: str
+    process: int
+    since: str
+    what: str
+    """The change that it did not acknowledge."""
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The document that ``ha-admin status --json`` prints; fields are added, never renamed."""
 
@@ -97,6 +107,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     detection: Detection | None = None
     watchdog: bool | None = None
     """Whether one watches this group now; None: not known without the journal."""
+    passed_over: list[ClientPassedOver] = []
+    """Programs that a change did not wait for any longer, until they are heard of again, or a person says that they
+    are over."""
     events: list[LastEvent] = []
     """The last ones, oldest first."""
 
@@ -181,6 +194,10 @@ def gather(
             if event.kind != UNMANAGED_COUNTED and event.text not in ("", DELIVERED)
         ][-_EVENTS:],
         detection=_detection(config),
+        passed_over=[
+            ClientPassedOver(host=one.host, process=one.process, since=_rfc3339(one.time), what=one.what)
+            for one in journal.passed_over()
+        ],
     )
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from hagroup.core.clock import Clock
-from hagroup.core.records import Client, OwedRow
+from hagroup.core.records import Client, OwedRow, PassedOver
 from hagroup.errors import JournalUnavailable
 from hagroup.journal import owners, rows, schema
 from hagroup.journal.database import Database
@@ -141,6 +141,12 @@ class Opened(Writer):
             for owner, process, since in self._read(lambda connection: connection.execute(statement).fetchall())
             if self.owner_alive(owner)
         ]
+
+    def passed_over(self) -> list[PassedOver]:
+        return []  # everybody looks at the same view number
+
+    def forget_passed_over(self, owners: Collection[str]) -> None:
+        pass
 
     def worker_lock(self, member: str) -> tuple[str, str]:
         if self._registration is None:
