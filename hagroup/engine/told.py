@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from hagroup.config.logging import get_logger
+from hagroup.core.moves import JOURNAL_MOVED
 from hagroup.core.records import Event, Lease
 from hagroup.core.watch import Told
 from hagroup.engine.consistency import JOURNAL_REBUILT
@@ -27,7 +28,7 @@ def told_in(events: Sequence[Event]) -> Told:
     for event in reversed(events):
         if event.kind == KIND and _TOLD in event.data and (newest is None or _fence(event) > _fence(newest)):
             newest = event
-        if event.kind == JOURNAL_REBUILT and newest is not None:
+        if event.kind in (JOURNAL_REBUILT, JOURNAL_MOVED) and newest is not None:
             break  # its leases begin anew
     if newest is None:
         return Told()
