@@ -123,6 +123,7 @@ def journal_list(
     times = _moment(since, 0.0), _moment(until, float("inf"))
     with commands.opened_journal(load(chosen_config())) as journal:
         events = journal.events(limit=_EVERYTHING)
+        _expect_member(journal, events, member)
         chosen = _Filter(member, _meant(journal, events, about_object), event, *times)
     found = [one for one in events if chosen.passes(one)][-limit:]
     if as_json:
@@ -142,6 +143,7 @@ def journal_tail(
     """Show the newest events, one line each."""
     with commands.opened_journal(load(chosen_config())) as journal:
         found = journal.events(limit=_EVERYTHING)
+        _expect_member(journal, found, member)
         chosen = _Filter(member, _meant(journal, found, about_object), event, 0.0, float("inf"))
         last = found[-1].number if found else 0
         passing = [one for one in found if chosen.passes(one)]
@@ -151,6 +153,13 @@ def journal_tail(
             found = journal.events(limit=_EVERYTHING, since=last)
             _print([one for one in found if chosen.passes(one)])
             last = found[-1].number if found else last
+
+
+def _expect_member(journal: Journal, events: list[Event], name: str | None) -> None:
+    """One that was removed is known by its events."""
+    known = {member.name for member in journal.members()} | {event.member for event in events if event.member}
+    if name is not None and name not in known:
+        fail(f"the group has and had no member {name!r}; those it knows are: {', '.join(sorted(known))}", USAGE)
 
 
 def _meant(journal: Journal, events: list[Event], name: str | None) -> frozenset[str] | None:

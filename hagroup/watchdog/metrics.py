@@ -116,9 +116,15 @@ def _member_gauges(reports: list[Report]) -> Iterator[Metric]:
     )
     yield _gauge(
         "member_outstanding_calls",
-        "calls of the watchdog that are under way",
+        "calls of this watchdog alone that are under way; what applications call only they know",
         labels,
         [(where, r.outstanding.get(m.name, 0)) for r, where, m in known],
+    )
+    yield _gauge(
+        "member_unanswered_changes",
+        "changes that applications or others asked it for and that it has not answered, from the journal",
+        labels,
+        [(where, m.unanswered) for _, where, m in known],
     )
     yield _gauge(
         "member_resync_backlog",
