@@ -123,6 +123,7 @@ def journal_list(
     times = _moment(since, 0.0), _moment(until, float("inf"))
     with commands.opened_journal(load(chosen_config())) as journal:
         events = journal.events(limit=_EVERYTHING)
+        _expect_member(journal, events, member)
         chosen = _Filter(member, _meant(journal, events, about_object), event, *times)
     found = [one for one in events if chosen.passes(one)][-limit:]
     if as_json:
@@ -142,6 +143,7 @@ def journal_tail(
     """Show the newest events, one line each."""
     with commands.opened_journal(load(chosen_config())) as journal:
         found = journal.events(limit=_EVERYTHING)
+        _expect_member(journal, found, member)
         chosen = _Filter(member, _meant(journal, found, about_object), event, 0.0, float("inf"))
         last = found[-1].number if found else 0
         passing = [one for one in found if chosen.passes(one)]
@@ -151,6 +153,13 @@ def journal_tail(
             found = journal.events(limit=_EVERYTHING, since=last)
             _print([one for one in found if chosen.passes(one)])
             last = found[-1].number if found else last
+
+
+def _expect_member(journal: Journal, events: list[Event], name: str | None) -> None:
+    """One that was removed is known by its events."""
+    known = {member.name for member in journal.members()} | {event.member for event in events if event.member}
+    if name is not None and name not in known:
+        fail(f"the group has and had no member {name!r}; those it knows are: {', '.join(sorted(known))}", USAGE)
 
 
 def _meant(journal: Journal, events: list[Event], name: str | None) -> frozenset[str] | None:
@@ -211,26 +220,34 @@ def _say_sealed(found: consistency.Checked, seals: seal_check.SealChecked) -> No
 def journal_todo(
     everything: Annotated[bool, typer.Option("--all", help="what is complete too")] = False, as_json: Json = False
 ) -> None:
-    """Show what is still to be done on which member. Exit status 1: something is."""
-    with commands.opened_journal(load(chosen_config())) as journal:
-        found = outstanding.actions(journal)
+    """Show what is still to be done on which client host and member. Exit status 1: something is.
+
+    Hosts are those on which programs use the group now (as far as the journal knows), and those with something to do.
+    """
+    config = load(chosen_config())
+    with commands.opened_journal(config) as journal:
+        found = outstanding.actions(journal, {member.name for member in config.members})
         names = [member.name for member in journal.members()]
+        hosts = outstanding.hosts(journal, found)
     shown = [one for one in found if everything or not one.complete]
     if as_json:
         print_json(shown)
     elif shown:
+        hosts = hosts if any(one.hosts for one in shown) else []
         names += sorted({name for one in shown for name in one.members} - set(names))
         lines = [
             (
                 "" if one.number is None else str(one.number),
                 when(one.date),
                 one.action,
+                *(one.hosts.get(name, outstanding.NOT_NEEDED) for name in hosts),
                 *(one.members.get(name, outstanding.NOT_NEEDED) for name in names),
                 "yes" if one.complete else "no",
             )
             for one in shown
         ]
-        table(*without_empty(("number", "date (UTC)", "action", *names, "complete"), lines), under=("action",))
+        columns = ("number", "date (UTC)", "action", *(f"host {name}" for name in hosts), *names, "complete")
+        table(*without_empty(columns, lines), under=("action",))
     else:
         say("nothing is to be done")
     if any(not one.complete for one in shown):
@@ -240,7 +257,9 @@ def journal_todo(
 @journal_app.command("note")
 def journal_note(
     text: Annotated[str, typer.Argument(help="what was done or is to be done")],
-    done: Annotated[list[str] | None, typer.Option("--done", metavar="NAME", help="done on this member")] = None,
+    done: Annotated[
+        list[str] | None, typer.Option("--done", metavar="NAME", help="done on this member or host")
+    ] = None,
     to_do: Annotated[list[str] | None, typer.Option("--to-do", metavar="NAME", help="to be done there")] = None,
     not_needed: Annotated[
         list[str] | None, typer.Option("--not-needed", metavar="NAME", help="not needed there")
@@ -254,28 +273,39 @@ def journal_note(
     if not text.strip():
         fail("a note without a word says nothing; nothing was recorded", USAGE)
     if twice := next((name for name in named if named.count(name) > 1), None):
-        fail(f"member {twice} is named twice: done, to do and not needed exclude each other", USAGE)
-    members = {
+        fail(f"{twice} is named twice: done, to do and not needed exclude each other", USAGE)
+    given = {
         **dict.fromkeys(to_do or [], outstanding.TO_DO),
         **dict.fromkeys(not_needed or [], outstanding.NOT_NEEDED),
         **dict.fromkeys(done or [], outstanding.DONE),
     }
     with commands.opened_journal(load(chosen_config())) as journal:
-        _known(journal, members, action)
-        data = outstanding.statuses(members)
+        hosts = {name: status for name, status in given.items() if name in _known(journal, given, action)}
+        members = {name: status for name, status in given.items() if name not in hosts}
+        data = outstanding.statuses(members, hosts)
         if action is not None:
             data[outstanding.ABOUT] = str(action)
         journal.event(outstanding.NOTE, text, data=data)
+        if action is not None:
+            over = {name for name, status in hosts.items() if status != outstanding.TO_DO}
+            outstanding.end_passed_over(journal, action, over)
     say("noted")
 
 
-def _known(journal: Journal, members: dict[str, str], action: int | None) -> None:
+def _known(journal: Journal, given: dict[str, str], action: int | None) -> set[str]:
+    """Those of them that are hosts. (Where a member has a host's name, it is the member.)"""
     names = {member.name for member in journal.members()}
+    found = outstanding.actions(journal)
     if action is not None:
-        about = next((one for one in outstanding.actions(journal) if one.number == action), None)
+        about = next((one for one in found if one.number == action), None)
         if about is None:
             raise ConfigurationError(f"there is no action {action}; `ha-admin journal todo --all` lists them")
         names |= set(about.members)
-    unknown = sorted(set(members) - names)
+    hosts = set(outstanding.hosts(journal, found)) - names
+    unknown = sorted(set(given) - names - hosts)
     if unknown:
-        raise ConfigurationError(f"the group has no member {unknown[0]!r}; its members are: {', '.join(sorted(names))}")
+        raise ConfigurationError(
+            f"the group has no member {unknown[0]!r}; its members are: {', '.join(sorted(names))}; hosts that are "
+            f"known: {', '.join(sorted(hosts))}"
+        )
+    return hosts

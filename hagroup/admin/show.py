@@ -101,9 +101,17 @@ def status(found: Status) -> None:
         console.print("watchdog: watching" if found.watchdog else "watchdog: none is running")
     for member in found.members:
         if member.reason is not None:
-            since = "" if member.state == "failed" or not member.since else f" (since {when(member.since)} UTC)"
+            since = "" if not member.since else f" (since {when(member.since)} UTC)"
             text = f"{member.name}: {member.state}{since}: {member.reason}"
             paragraph(text, indent=4, style=_STYLES.get(member.state))
+    for client in found.passed_over:
+        paragraph(
+            f"host {client.host}: process {client.process} did not acknowledge {client.what} ({when(client.since)} "
+            "UTC): it is cut off or frozen, and may go on with what it knew before; `ha-admin journal todo` has it "
+            "until it is over",
+            indent=4,
+            style="yellow",
+        )
     _what_to_do(found)
     if found.events:
         console.print()
@@ -144,6 +152,7 @@ def _members(found: Status) -> None:
 def _more_columns(found: Status) -> list[str]:
     """Columns that say something here."""
     wanted = {
+        "since (UTC)": any(member.since for member in found.members),
         "site": any(member.site for member in found.members),
         "unanswered": any(member.unanswered for member in found.members),
         "latency": any(member.latency_ms is not None for member in found.members),
@@ -152,6 +161,8 @@ def _more_columns(found: Status) -> list[str]:
 
 
 def _more(member: MemberStatus, column: str) -> str:
+    if column == "since (UTC)":
+        return when(member.since)
     if column == "site":
         return member.site or ""
     if column == "unanswered":

@@ -237,7 +237,7 @@ class MemberRecord(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
     """Why it is quarantined or out of sync, for people."""
     since: float = 0.0
-    """Wall clock of the last change of ``membership``, for people."""
+    """Wall clock of the last change of ``membership``, or of ``draining`` where it is admitted; for people."""
     low: int = 0
     """Every change up to here is finished on this member."""
     announced: int = 0
@@ -321,6 +321,31 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     ok: bool
     kind: str
     boot_time: float
+
+
+class Client(msgspec.Struct, frozen=True, kw_only=True):
+    """A living process that has the journal open."""
+
+    owner: str
+    host: str
+    process: int
+    since: float
+    """Wall clock of its registration, for people."""
+    here: bool
+    """It runs on this machine, so that its boot times mean something here."""
+
+
+class PassedOver(msgspec.Struct, frozen=True, kw_only=True):
+    """A client that did not acknowledge a change before its registration ran out (DESIGN.md 4.5): cut off, or frozen,
+    it may go on with what it knew before, until it is heard of again or has ended."""
+
+    owner: str
+    host: str
+    process: int
+    time: float
+    """Wall clock, when it was passed over first."""
+    what: str
+    """The change."""
 
 
 class LoginState(StrEnum):

@@ -155,6 +155,10 @@ class MemberTold(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's count that they correspond to."""
     oldest_owed: int | None = None
     full: bool = False
+    missing_since: float | None = None
+    """Wall clock of the first heartbeat that it missed of those that count now; it stays until it is back."""
+    back_since: float | None = None
+    """Wall clock of the last time that it was told to be back."""
 
 
 class WatchEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,7 +222,7 @@ class _Events:
 
     def __init__(self, sight: Sight, sequence: int, now: float) -> None:
         self._sight = sight
-        self._now = now
+        self.now = now
         self.sequence = sequence
         self.events: list[WatchEvent] = []
 
@@ -233,7 +237,7 @@ class _Events:
                 severity=severity,
                 group=self._sight.group,
                 serial=self._sight.serial,
-                time=self._now,
+                time=self.now,
                 text=text,
                 member=None if member is None else member.name,
                 member_serial=None if member is None else member.serial,
@@ -333,6 +337,10 @@ def _alive(told: MemberTold, seen: Seen, sight: Sight, out: _Events) -> MemberTo
     if seen.starting and not told.failed:
         return told
     missed = 0 if seen.ok else told.missed + 1
+    if missed == 0 and not told.failed:
+        told = msgspec.structs.replace(told, missing_since=None)
+    elif told.missing_since is None and not told.failed:
+        told = msgspec.structs.replace(told, missing_since=out.now)
     if not told.failed:
         if missed < sight.threshold:
             return msgspec.structs.replace(told, missed=missed)
@@ -344,7 +352,9 @@ def _alive(told: MemberTold, seen: Seen, sight: Sight, out: _Events) -> MemberTo
         number = told.attempts + 1
         text = f"member {seen.name} is back in service"
         out.add(Kind.MEMBER_RECOVERED, text, seen, attempt=number)
-        return msgspec.structs.replace(told, failed=False, given_up=False, attempts=0, counted=0)
+        return msgspec.structs.replace(
+            told, failed=False, given_up=False, attempts=0, counted=0, missing_since=None, back_since=out.now
+        )
     if seen.given_up and not told.given_up:
         out.add(Kind.MEMBER_GIVEN_UP, f"no further attempt is made to reach member {seen.name}", seen)
     return msgspec.structs.replace(told, given_up=seen.given_up)

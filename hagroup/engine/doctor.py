@@ -24,8 +24,9 @@ from hagroup.engine.login import pin_trouble
 from hagroup.engine.member import Life
 from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.setup import NEEDED
-from hagroup.errors import HAError
+from hagroup.errors import HAError, JournalMismatch
 from hagroup.journal import Journal, open_journal
+from hagroup.journal.sealed import Incomplete, Moved
 from hagroup.members import ModuleProblem
 
 OK, WARNING, BAD = "ok", "warning", "bad"
@@ -61,11 +62,7 @@ def examine(path: Path, clock: Clock) -> Iterator[Check]:
     try:
         journal = open_journal(config.journal, clock=clock)
     except HAError as error:
-        yield _bad(
-            "journal",
-            str(error),
-            "bring its place back" if config.group.serial else f"run `ha-admin --config {path} group create`",
-        )
+        yield _bad("journal", str(error), _journal_remedy(config, path, error))
     try:
         if journal is not None:
             yield from _journal(config, journal)
@@ -92,6 +89,21 @@ def _versions() -> Iterator[Check]:
         except metadata.PackageNotFoundError:
             yield Check(subject="versions", state=WARNING, found=f"{package} is not installed as a package")
     yield Check(subject="versions", state=OK, found=", ".join(found) + f", {platform.platform(terse=True)}")
+
+
+def _journal_remedy(config: GroupConfig, path: Path, error: HAError) -> str:
+    if not config.group.serial:
+        return f"run `ha-admin --config {path} group create`"
+    match error:
+        case Moved():
+            files = "" if error.to.startswith("sqlite:") else ", with the files and names that etcd wants"
+            return f"write {error.to} into [journal] url of {path}{files}, and start the programs of this host again"
+        case Incomplete():
+            return "run the command that is named to its end"
+        case JournalMismatch():
+            return "bring the right one back; if this one shall be it from now on, run `ha-admin journal adopt`"
+        case _:
+            return "bring its place back"
 
 
 # -- the journal -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from hagroup.config.logging import get_logger
+from hagroup.core.moves import MEMBER_FOLLOWED, is_expected, moved
 from hagroup.core.records import GroupRecord, MemberRecord, Membership
 from hagroup.engine.kept import Kept
 from hagroup.engine.member import Life, Member
@@ -17,6 +18,8 @@ from hagroup.errors import JournalMismatch
 from hagroup.journal.api import Journal
 
 log = get_logger(__name__)
+
+_EVERYTHING = 2**31
 
 
 class OtherGroup(Exception):
@@ -136,7 +139,11 @@ def check(
     if found.epoch != view.group.epoch:
         if record.membership is not Membership.ADMITTED:
             return  # a full inventory is due there anyway
-        _resync(journal, member, "its token is of an older epoch of the group")
+        again = read(life.connection, life.keys, timeout=timeout)
+        if again is not None and again.epoch > found.epoch:  # another process was just about it
+            check(journal, view, member, life, timeout=timeout, shown=again)
+        else:
+            _resync_older_epoch(journal, view, member, found)
     elif found.high < record.confirmed:
         _resync(journal, member, f"its token was restored: shows change {found.high} after {record.confirmed}")
 
@@ -145,6 +152,18 @@ def _resync(journal: Journal, member: Member, why: str) -> None:
     log.error("member.token-restored", member=member.name, reason=why)
     journal.update_member(member.name, membership=Membership.OUT_OF_SYNC, reason=why)
     journal.event("alarm", why, member=member.name)
+
+
+def _resync_older_epoch(journal: Journal, view: View, member: Member, found: Manifest) -> None:
+    """A journal that was moved has a new epoch, and each token shows the one before: no alarm, the first time."""
+    epoch = view.group.epoch
+    if is_expected(journal.events(limit=_EVERYTHING), member.name, shown=(found.epoch, found.high), epoch=epoch):
+        why = "the journal was moved: all on its token is looked through before it serves"
+        log.info("member.journal-moved", member=member.name)
+        journal.update_member(member.name, membership=Membership.OUT_OF_SYNC, reason=why)
+        journal.event(MEMBER_FOLLOWED, why, member=member.name, data=moved(found.epoch, epoch))
+    else:
+        _resync(journal, member, "its token is of an older epoch of the group")
 
 
 def _behind(journal: Journal, view: View, member: Member, found: Manifest) -> str | None:

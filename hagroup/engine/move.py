@@ -14,6 +14,7 @@ from hagroup import journal as journals
 from hagroup.config.logging import get_logger
 from hagroup.config.model import JournalSection, SqliteUrl
 from hagroup.core.clock import Clock
+from hagroup.core.moves import JOURNAL_MOVED, confirmed, moved
 from hagroup.errors import ConfigurationError, JournalMismatch, JournalUnavailable
 from hagroup.journal import SqliteJournal, create_journal, delete_journal, open_for_moving
 from hagroup.journal.moving import difference, digest, digest_of, everything
@@ -61,8 +62,9 @@ def move(source: JournalSection, target: JournalSection, *, serial: str | None, 
             if new.group().epoch != sealed.epoch:
                 raise JournalMismatch(f"the journal {target.url} is not the one that {source.url} was moved to")
             if new.sealed() is not None:
+                data = {**moved(old.group().epoch, sealed.epoch), **confirmed(old.members())}
+                _say_so(new, f"from {source.url} to {target.url}", data)
                 new.open_up()
-                new.event("journal moved", f"from {source.url} to {target.url}")
             counts = new.counts()
         finally:
             new.close()
@@ -89,6 +91,12 @@ def _sealed(old: SqliteJournal | journals.EtcdJournal, to: str) -> Sealed:
     found = old.begin_move(to, at_once=True)
     assert found is not None
     return found
+
+
+def _say_so(new: SqliteJournal | journals.EtcdJournal, text: str, data: dict[str, str]) -> None:
+    """Before anybody opens the new one: who does finds tokens of the epoch before. Once, also where that was killed."""
+    if not any(event.kind == JOURNAL_MOVED and event.data == data for event in new.events(limit=1)):
+        new.event(JOURNAL_MOVED, text, data=data)
 
 
 def cancel(source: JournalSection, target: JournalSection, *, clock: Clock) -> None:

@@ -12,14 +12,20 @@ import msgspec
 
 from hagroup.config.model import GroupConfig, MemberConfig
 from hagroup.core.calls import Ckr, DeadlinePassed
-from hagroup.core.records import Event, MemberRecord, Membership, OwedKind, OwedRow
-from hagroup.core.watch import DELIVERED, detection_bound
+from hagroup.core.clock import Clock
+from hagroup.core.records import WATCHDOG, Event, MemberRecord, Membership, Observation, OwedKind, OwedRow
+from hagroup.core.since import failed_since, in_service_since
+from hagroup.core.watch import DELIVERED, MemberTold, Told, detection_bound
 from hagroup.engine.login import pin_trouble
 from hagroup.engine.opening import CONNECTION_LOST, open_life
+from hagroup.engine.told import told_in
 from hagroup.engine.verify import RECENT, UNMANAGED_COUNTED, unmanaged_counted
 from hagroup.errors import HAError
 from hagroup.journal.api import Journal
+from hagroup.journal.clock import SystemClock
 from hagroup.members import ModuleProblem
+
+FAILED, IN_SERVICE = "failed", "in service"
 
 
 class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,7 +44,7 @@ class MemberStatus(msgspec.Struct, frozen=True, kw_only=True):
     unmanaged: int | None
     """Objects on its token that the group does not know, as counted last; None: not lately (``verify`` counts)."""
     since: str
-    """When ``state`` last changed, as far as the journal knows (RFC 3339)."""
+    """Since when it is in ``state``, as far as anybody noticed (RFC 3339); empty: not known."""
     reason: str | None
     """Why it is not in service or not in sync, and what to do."""
     site: str | None = None
@@ -80,6 +86,16 @@ class Detection(msgspec.Struct, frozen=True, kw_only=True):
     """``interval`` times ``threshold`` and ``probe``."""
 
 
+class ClientPassedOver(msgspec.Struct, frozen=True, kw_only=True):
+    """It may go on with what it knew before (DESIGN.md 4.5)."""
+
+    host: str
+    process: int
+    since: str
+    what: str
+    """The change that it did not acknowledge."""
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The document that ``ha-admin status --json`` prints; fields are added, never renamed."""
 
@@ -91,6 +107,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     detection: Detection | None = None
     watchdog: bool | None = None
     """Whether one watches this group now; None: not known without the journal."""
+    passed_over: list[ClientPassedOver] = []
+    """Programs that a change did not wait for any longer, until they are heard of again, or a person says that they
+    are over."""
     events: list[LastEvent] = []
     """The last ones, oldest first."""
 
@@ -102,7 +121,39 @@ class _Answer(msgspec.Struct, frozen=True):
     latency_ms: float | None = None
 
 
-def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | None] | None = None) -> Status:
+class _Known(msgspec.Struct, frozen=True):
+    """What the journal tells of all members, read once."""
+
+    events: Sequence[Event]
+    owed: Mapping[str, list[OwedRow]]
+    told: Told
+    """By the watchdog."""
+    watched: bool
+    """One watches now, so that what it told last is so."""
+    seen: Sequence[tuple[Observation, float]]
+    """By processes of this machine that live, and when (wall clock)."""
+
+
+def _read(config: GroupConfig, journal: Journal, clock: Clock) -> _Known:
+    events = journal.events(limit=RECENT)
+    ago = clock.wall() - clock.boot()
+    here = {client.owner for client in journal.clients() if client.here}
+    return _Known(
+        events=events,
+        owed=owed_by_member(journal),
+        told=told_in(events),
+        watched=journal.lease_held(f"watchdog/{config.group.serial}"),
+        seen=[(one, one.boot_time + ago) for one in journal.observations() if one.observer in here],
+    )
+
+
+def gather(
+    config: GroupConfig,
+    journal: Journal,
+    answers: Mapping[str, str | None] | None = None,
+    *,
+    clock: Clock | None = None,
+) -> Status:
     """Read the journal and ask every member, in parallel, whether its token is there; nothing is changed.
 
     :param answers: what is known already by member's name (None: it answers; else why not): nobody is asked.
@@ -120,13 +171,9 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
             }
             asked = {name: future.result() for name, future in futures.items()}
     elsewhere = _Answer("not in hagroup.toml of this host")
-    # each read once: a watchdog gathers this with every heartbeat
-    events, owed = journal.events(limit=RECENT), owed_by_member(journal)
+    known = _read(config, journal, clock or SystemClock())  # a watchdog gathers this with every heartbeat
     members = [
-        _member(
-            record, owed.get(record.name, []), events, asked.get(record.name, elsewhere), configured.get(record.name)
-        )
-        for record in records
+        _member(record, known, asked.get(record.name, elsewhere), configured.get(record.name)) for record in records
     ]
     counts = journal.counts()
     return Status(
@@ -140,13 +187,17 @@ def gather(config: GroupConfig, journal: Journal, answers: Mapping[str, str | No
         objects=counts["live"],
         tombstones=counts["tombstones"],
         journal=JournalStatus(url=str(config.journal.url), ok=True),
-        watchdog=journal.lease_held(f"watchdog/{config.group.serial}"),
+        watchdog=known.watched,
         events=[
             LastEvent(time=_rfc3339(event.time), kind=event.kind, member=event.member, text=event.text)
-            for event in events[-50:]
+            for event in known.events[-50:]
             if event.kind != UNMANAGED_COUNTED and event.text not in ("", DELIVERED)
         ][-_EVENTS:],
         detection=_detection(config),
+        passed_over=[
+            ClientPassedOver(host=one.host, process=one.process, since=_rfc3339(one.time), what=one.what)
+            for one in journal.passed_over()
+        ],
     )
 
 
@@ -167,7 +218,7 @@ def without_journal(config: GroupConfig, why: str) -> Status:
             name=member.name,
             serial=member.token_serial or "",
             role=member.role.value,
-            state="failed" if answer else "answers",
+            state=FAILED if answer else "answers",
             in_sync=False,
             missing=0,
             stale=0,
@@ -231,21 +282,21 @@ def owed_by_member(journal: Journal) -> dict[str, list[OwedRow]]:
 
 def _member(
     record: MemberRecord,
-    rows: Sequence[OwedRow],
-    events: Sequence[Event],
+    known: _Known,
     answer: _Answer,
     config: MemberConfig | None,
 ) -> MemberStatus:
+    rows = known.owed.get(record.name, [])
     owed = Counter(row.kind for row in rows)
     unreachable = answer.why_not
     if record.membership is not Membership.ADMITTED:
         state, reason = record.membership.value, record.reason
     elif unreachable is not None:
-        state, reason = "failed", unreachable
+        state, reason = FAILED, unreachable
     elif record.draining:
         state, reason = "draining", record.reason
     else:
-        state, reason = "in service", None
+        state, reason = IN_SERVICE, None
     refusals = [row.reason for row in rows if row.reason]
     return MemberStatus(
         name=record.name,
@@ -256,8 +307,8 @@ def _member(
         missing=owed[OwedKind.INSTALL],
         stale=owed[OwedKind.SET],
         pending_deletes=owed[OwedKind.DESTROY],
-        unmanaged=unmanaged_counted(events, record.name),
-        since=_rfc3339(record.since),
+        unmanaged=unmanaged_counted(known.events, record.name),
+        since=_rfc3339(since) if (since := _since(record, state, known)) else "",
         reason=reason or (refusals[0] if refusals else None),
         site=None if config is None else config.site,
         unanswered=sum(row.sent for row in rows),
@@ -265,8 +316,21 @@ def _member(
     )
 
 
+def _since(record: MemberRecord, state: str, known: _Known) -> float | None:
+    if state not in (FAILED, IN_SERVICE):
+        return record.since
+    told = known.told.members.get(record.name, MemberTold())
+    seen = [(one, when) for one, when in known.seen if one.member == record.name]
+    # The watchdog's own heartbeats are written anew each time: what it told says when they began to fail.
+    fails = [when for one, when in seen if not one.ok and one.kind != WATCHDOG]
+    if known.watched and told.failed and told.missing_since is not None:
+        fails.append(told.missing_since)
+    failed = failed_since(fails, [*(when for one, when in seen if one.ok), told.back_since or 0.0])
+    return failed if state == FAILED else in_service_since(record.since, told.back_since, failed)
+
+
 def _group_state(members: list[MemberStatus]) -> str:
-    serving = [member for member in members if member.state == "in service"]
+    serving = [member for member in members if member.state == IN_SERVICE]
     if not serving:
         return "down"
     if len(serving) < len(members):

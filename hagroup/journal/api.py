@@ -15,6 +15,7 @@ import msgspec
 
 from hagroup.core.records import (
     Changes,
+    Client,
     Copy,
     Event,
     GroupRecord,
@@ -29,6 +30,7 @@ from hagroup.core.records import (
     Observation,
     OwedKind,
     OwedRow,
+    PassedOver,
     Role,
     Rotation,
     Seal,
@@ -396,6 +398,19 @@ class Journal(Protocol):
         ...
 
     def owner_alive(self, owner: str) -> bool: ...
+    def clients(self) -> list[Client]:
+        """Every owner that is alive, of all hosts that share the journal."""
+        ...
+
+    def passed_over(self) -> list[PassedOver]:
+        """Clients that a change did not wait for any longer, and that were not heard of since, nor are known to have
+        ended. (Where one host has the journal nobody is passed over.)"""
+        ...
+
+    def forget_passed_over(self, owners: Collection[str]) -> None:
+        """A person says that these are over."""
+        ...
+
     def worker_lock(self, member: str) -> tuple[str, str]:
         """A fresh worker lock: (its name for owed rows, the file's path that the worker locks)."""
         ...

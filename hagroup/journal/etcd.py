@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from hagroup.config.model import JournalSection
 from hagroup.core.clock import Clock
+from hagroup.core.passed_over import PASSED_OVER, passed_over_data
 from hagroup.core.records import (
     Lease,
     Locator,
@@ -30,7 +31,7 @@ from hagroup.journal.clock import SystemClock
 from hagroup.journal.epoch import new_epoch
 from hagroup.journal.etcd_client import EtcdClient, after_all, b64
 from hagroup.journal.etcd_filling import Filler
-from hagroup.journal.etcd_keys import Head, Keys, encode, part
+from hagroup.journal.etcd_keys import Head, KeptOwner, KeptPassed, Keys, encode, part
 from hagroup.journal.etcd_reading import EtcdReading
 from hagroup.journal.membership import Members
 from hagroup.journal.moving import Moving
@@ -224,14 +225,30 @@ class EtcdJournal(Changing, Owing, Members, Notes, Clearing, Rotating, Moving, E
 
     def _wait_for_all(self, what: str) -> None:
         revision = self._local.revision
-        passed_over = self._everybody_saw(revision) if revision else []
-        if passed_over:
+        clients = self._everybody_saw(revision) if revision else {}
+        if clients:
             with contextlib.suppress(JournalUnavailable):  # what was asked for is done: it must not look refused
-                self.event(
-                    "client passed over",
-                    f"{', '.join(passed_over)} did not acknowledge {what}: cut off, or frozen",
-                    data={"clients": " ".join(passed_over)},
-                )
+                self._note_passed_over(clients, what, revision)
+                self._forget_who_is_back()
+
+    @one_transaction
+    def _note_passed_over(self, clients: Mapping[str, KeptOwner], what: str, revision: int) -> None:
+        named = ", ".join(f"process {one.process} of host {one.host}" for one in clients.values())
+        text = f"{named} did not acknowledge {what}: cut off, or frozen"
+        with self._write() as t:
+            t.add_event(PASSED_OVER, text, None, passed_over_data({name: one.host for name, one in clients.items()}))
+            for name, one in clients.items():
+                t.pass_over(name, KeptPassed(one, revision, t.wall, what))
+
+    def _forget_who_is_back(self) -> None:
+        """Whoever came back before it was noted did not find what it would have taken out."""
+        listed = {one.owner for one in self.passed_over()}
+        noted = {one.key.rpartition("/")[2] for one in self._client.prefix(self._keys.passed)}
+        self.forget_passed_over(noted - listed)
+
+    def forget_passed_over(self, owners: Collection[str]) -> None:
+        for owner in owners:
+            self._client.call("/kv/deleterange", {"key": b64(f"{self._keys.passed}{owner}")})
 
     def begin_move(self, to: str, *, at_once: bool = False) -> Sealed | None:
         if not at_once and any(one.doubt_since is None for row in self.owed() for one in row.attempts):

@@ -18,6 +18,7 @@
 | ``x/intent/ID``, ``x/closed/ID`` | open intents; outcomes, for a day |
 | ``x/lease/NAME`` | leases, under one of etcd's |
 | ``x/login/…``, ``x/seen/…``, ``x/event/…``, ``x/ack/ID`` | logins, observations, events, acknowledged views |
+| ``x/passed/ID`` | a client that a change was not acknowledged by, until it is over |
 | ``x/last-event`` | the number of the newest event |
 """
 
@@ -89,6 +90,26 @@ class ClosedIntent(msgspec.Struct, frozen=True):
     outcome: str
 
 
+class KeptOwner(msgspec.Struct, frozen=True):
+    host: str
+    process: int
+    since: float
+    boot: str = ""
+    """Of its host; empty: written by an earlier hagroup."""
+    former: tuple[str, ...] = ()
+    """What it was before, each time that its registration ran out."""
+
+
+class KeptPassed(msgspec.Struct, frozen=True):
+    """A client that was passed over."""
+
+    owner: KeptOwner
+    revision: int
+    """That it did not acknowledge."""
+    time: float
+    what: str
+
+
 class KeptEvent(msgspec.Struct, frozen=True):
     time: float
     kind: str
@@ -117,6 +138,7 @@ class Keys:
         self.intents, self.closed = f"{rest}intent/", f"{rest}closed/"
         self.leases, self.logins = f"{rest}lease/", f"{rest}login/"
         self.seen, self.events = f"{rest}seen/", f"{rest}event/"
+        self.passed = f"{rest}passed/"
         self.last_event = f"{rest}last-event"
         self._owed, self.places = f"{rest}owed/", f"{rest}place/"
 

@@ -27,7 +27,7 @@ from hagroup.core.records import Intent, LoginState, OwedRow
 from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import owners
 from hagroup.journal.etcd_client import EtcdClient, Json, Unanswered, b64, pair, range_of
-from hagroup.journal.etcd_keys import Document, KeptLogin, Keys, encode
+from hagroup.journal.etcd_keys import Document, KeptLogin, KeptOwner, KeptPassed, Keys, encode
 from hagroup.journal.etcd_mirror import TTL, Mirror
 from hagroup.journal.etcd_swap import Conflict, OwnerLost
 from hagroup.journal.etcd_times import SeenTimes
@@ -41,6 +41,8 @@ _PATIENCE = 15.0
 _HISTORY = 86_400
 _TRANSACTIONS = 3_600
 """Seconds that the outcome of an intent, and of a transaction, can be asked for."""
+
+_decode = msgspec.msgpack.decode
 
 _opened: weakref.WeakSet[EtcdOpened] = weakref.WeakSet()
 
@@ -66,6 +68,8 @@ class EtcdOpened(Writer):
         self._registration: owners.Registration | None = None
         self._leaving = False
         self.former_owners = frozenset()
+        self._heard_of: frozenset[str] = frozenset()
+        """Of those, the ones of which it is known that nobody counts them as passed over."""
         self._lease = 0
         self._times = SeenTimes(self._clock)
         registered = time.monotonic()
@@ -102,7 +106,8 @@ class EtcdOpened(Writer):
                 f"({error})"
             ) from error
         lease = self._client.grant(TTL)
-        told = {"host": socket.gethostname(), "process": os.getpid(), "since": self._clock.wall()}
+        here = self._clock.boot_id()
+        told = KeptOwner(socket.gethostname(), os.getpid(), self._clock.wall(), here, tuple(self._former()))
         put = {"key": b64(f"{self._keys.owners}{registration.owner}"), "value": b64(encode(told)), "lease": str(lease)}
         self._client.call("/kv/put", put)
         earlier, self._registration = self._registration, registration
@@ -110,15 +115,31 @@ class EtcdOpened(Writer):
             self.former_owners |= {earlier.owner}
             earlier.release()
         self._lease, self.owner = lease, registration.owner
+        with contextlib.suppress(JournalUnavailable):  # it is registered, and who asks now has to hear that
+            for one in self._client.prefix(self._keys.passed):
+                if self._has_ended(_last(one.key), _decode(one.value, type=KeptPassed).owner):
+                    self._client.call("/kv/deleterange", {"key": b64(one.key)})
+
+    def _former(self) -> set[str]:
+        """What this process was, and will have been when it is registered anew."""
+        return {*self.former_owners, *([] if self._registration is None else [self._registration.owner])}
+
+    def _has_ended(self, owner: str, kept: KeptOwner) -> bool:
+        """Proved by its lock, which only its own host has."""
+        folder = _locks(self._client.url.name)
+        return kept.boot == self._clock.boot_id() and owners.is_held(folder, owner) is False
 
     def _tidy(self) -> None:
         """Files of this host's dead, of whom no row tells any more: every program leaves some."""
 
         def referenced(names: Collection[str]) -> Collection[str]:
             rows = (row for document in self._mirror.documents() for row in document.owed.values())
-            return {one.worker for row in rows for one in row.attempts if one.worker is not None} & set(names)
+            workers = {one.worker for row in rows for one in row.attempts if one.worker is not None}
+            # Whoever is passed over, or may be yet: its file proves that it has ended.
+            listed = [*self._client.prefix(self._keys.owners), *self._client.prefix(self._keys.passed)]
+            return (workers | {_last(one.key) for one in listed}) & set(names)
 
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, JournalUnavailable):
             owners.clean(_locks(self._client.url.name), referenced)
 
     def _keep_alive(self) -> bool:
@@ -142,23 +163,30 @@ class EtcdOpened(Writer):
             return
         put = {"key": b64(f"{self._keys.acks}{self.owner}"), "value": b64(str(revision)), "lease": str(self._lease)}
         self._client.call("/kv/put", put, patience=0, always=True)
+        for former in self.former_owners - self._heard_of:  # it was passed over, perhaps: now it knows all
+            self._client.call("/kv/deleterange", {"key": b64(f"{self._keys.passed}{former}")}, patience=0, always=True)
+            self._heard_of |= {former}
 
-    def _everybody_saw(self, revision: int) -> list[str]:
+    def _everybody_saw(self, revision: int) -> dict[str, KeptOwner]:
         """Wait until each registered client acknowledged the view, or its lease ran out. Those passed over."""
         deadline = time.monotonic() + TTL + 2
         waiting: set[str] | None = None
+        known: dict[str, KeptOwner] = {}
         while True:
             # Cut off from it, too: those who stop without it have stopped when their registrations ran out.
             with contextlib.suppress(JournalUnavailable):
-                living = {_last(one.key) for one in self._client.prefix(self._keys.owners) if one.created < revision}
+                registered = [one for one in self._client.prefix(self._keys.owners) if one.created < revision]
+                known |= {_last(one.key): _decode(one.value, type=KeptOwner) for one in registered}
+                living = {_last(one.key) for one in registered}
                 told = self._client.prefix(self._keys.acks)
                 acknowledged = {_last(one.key) for one in told if int(one.value) >= revision}
                 waiting = (living - {self.owner} if waiting is None else waiting) - acknowledged
                 if not waiting & living:
-                    return sorted(waiting)
+                    break
             if time.monotonic() > deadline:
-                return sorted(waiting or ())
+                break
             time.sleep(0.01)
+        return {owner: known[owner] for owner in sorted(waiting or ())}
 
     def _seen_here(self, document: Document) -> Document:
         """With times that mean something here. What this process asked for before its registration ran out is still

@@ -12,6 +12,7 @@ import msgspec
 
 from hagroup.core.records import (
     Changes,
+    Client,
     Copy,
     Event,
     GroupRecord,
@@ -22,11 +23,12 @@ from hagroup.core.records import (
     ObjectState,
     Observation,
     OwedRow,
+    PassedOver,
     Tombstone,
 )
 from hagroup.journal import rows
 from hagroup.journal.etcd_client import PATIENCE, Pair, Unanswered, after_all, b64, pair, range_of
-from hagroup.journal.etcd_keys import Document, KeptEvent, KeptLease, KeptLogin
+from hagroup.journal.etcd_keys import Document, KeptEvent, KeptLease, KeptLogin, KeptOwner, KeptPassed
 from hagroup.journal.etcd_opened import EtcdOpened
 from hagroup.journal.etcd_snapshot import group_record, only_listed, read_all, snapshot
 from hagroup.journal.sealed import Sealed, Why
@@ -173,6 +175,42 @@ class EtcdReading(EtcdOpened):
         return sorted(found, key=lambda intent: (intent.change, intent.id))
 
     # -- what was seen, tried and done -----------------------------------------------------------------------------
+
+    def passed_over(self) -> list[PassedOver]:
+        self._check_usable()
+        found = {one.key.rpartition("/")[2]: one for one in self._client.prefix(self._keys.passed)}
+        if not found:
+            return []
+        over = self._heard_of_again()
+        kept = {owner: _decode(one.value, type=KeptPassed) for owner, one in found.items()}
+        return [
+            PassedOver(owner=owner, host=one.owner.host, process=one.owner.process, time=one.time, what=one.what)
+            for owner, one in sorted(kept.items(), key=lambda item: item[1].time)
+            if over.get(owner, 0) < one.revision and not self._has_ended(owner, one.owner)
+        ]
+
+    def _heard_of_again(self) -> dict[str, int]:
+        """What each living client acknowledged, by every name that it had."""
+        told = {one.key.rpartition("/")[2]: int(one.value) for one in self._client.prefix(self._keys.acks)}
+        for one in self._client.prefix(self._keys.owners):
+            owner = one.key.rpartition("/")[2]
+            told |= dict.fromkeys(_decode(one.value, type=KeptOwner).former, told.get(owner, 0))
+        return told
+
+    def clients(self) -> list[Client]:
+        self._check_usable()
+        found = [
+            Client(
+                owner=one.key.rpartition("/")[2],
+                host=kept.host,
+                process=kept.process,
+                since=kept.since,
+                here=kept.boot == self._clock.boot_id(),
+            )
+            for one in self._client.prefix(self._keys.owners)
+            for kept in [_decode(one.value, type=KeptOwner)]
+        ]
+        return sorted(found, key=lambda client: client.since)
 
     def observations(self, member: str | None = None) -> list[Observation]:
         self._check_usable()

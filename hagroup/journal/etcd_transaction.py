@@ -37,6 +37,7 @@ from hagroup.journal.etcd_keys import (
     KeptEvent,
     KeptLease,
     KeptLogin,
+    KeptPassed,
     encode,
     part,
 )
@@ -321,6 +322,13 @@ class EtcdTransaction(Swap):
         number = 1 + (0 if last is None else int(last))
         self._put(self._keys.last_event, str(number).encode())
         self._put(self._keys.event(number), encode(KeptEvent(self.wall, kind, member, text, data)))
+
+    def pass_over(self, owner: str, kept: KeptPassed) -> None:
+        before = self._get(f"{self._keys.passed}{owner}")
+        if before is not None:
+            first = decode(before, type=KeptPassed)
+            kept = replace(kept, time=first.time, what=first.what)
+        self._put(f"{self._keys.passed}{owner}", encode(kept))
 
     def put_seal(self, seal: Seal) -> None:
         self._compares.append(is_at(self._keys.seal, self._was.seal_modified))

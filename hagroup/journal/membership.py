@@ -53,7 +53,8 @@ class Members(Writer):
             if role is not None:
                 member = replace(member, role=role)
             if draining is not None:
-                member = replace(member, draining=draining)
+                moved = draining != member.draining and member.membership is Membership.ADMITTED
+                member = replace(member, draining=draining, since=t.wall if moved else member.since)
             if serial is not None:
                 member = replace(member, serial=serial)
             t.put_member(member)

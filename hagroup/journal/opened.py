@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sqlite3
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -13,7 +14,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from hagroup.core.clock import Clock
-from hagroup.core.records import OwedRow
+from hagroup.core.records import Client, OwedRow, PassedOver
 from hagroup.errors import JournalUnavailable
 from hagroup.journal import owners, rows, schema
 from hagroup.journal.database import Database
@@ -131,6 +132,21 @@ class Opened(Writer):
     def owner_alive(self, owner: str) -> bool:
         """Whether that owner's process lives. (One whose lock file is gone is dead: only the dead's are removed.)"""
         return owner == self.owner or bool(owners.is_held(self._locks, owner))
+
+    def clients(self) -> list[Client]:
+        statement = "SELECT owner, process, since FROM owners ORDER BY since"
+        host = socket.gethostname()
+        return [
+            Client(owner=owner, host=host, process=process, since=since, here=True)
+            for owner, process, since in self._read(lambda connection: connection.execute(statement).fetchall())
+            if self.owner_alive(owner)
+        ]
+
+    def passed_over(self) -> list[PassedOver]:
+        return []  # everybody looks at the same view number
+
+    def forget_passed_over(self, owners: Collection[str]) -> None:
+        pass
 
     def worker_lock(self, member: str) -> tuple[str, str]:
         if self._registration is None:

@@ -9,6 +9,18 @@ import msgspec
 from hagroup.errors import HAError, JournalMismatch, JournalUnavailable
 
 
+class Moved(JournalMismatch):
+    """Another journal has taken this one's place, for good."""
+
+    def __init__(self, text: str, to: str) -> None:
+        super().__init__(text)
+        self.to = to
+
+
+class Incomplete(JournalUnavailable):
+    """A move, or the making of a journal, was cut off; the text says what completes it."""
+
+
 class Why(StrEnum):
     MOVING = "moving"
     """Its content is being copied: changes wait, all else goes on."""
@@ -33,8 +45,8 @@ class Sealed(msgspec.Struct, frozen=True):
 
     def refusal_to_open(self, url: object) -> HAError:
         if self.why is Why.MOVED:
-            return JournalMismatch(self._text(url))
-        return JournalUnavailable(self._text(url))
+            return Moved(self._text(url), self.other)
+        return Incomplete(self._text(url))
 
     def _text(self, url: object) -> str:
         if self.why is Why.MOVED:

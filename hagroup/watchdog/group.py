@@ -375,7 +375,7 @@ class GroupWatch:
                 for seen in sight.members
             }
             try:
-                status = gather(engine.config, self._journal, answers)
+                status = gather(engine.config, self._journal, answers, clock=self.clock)
                 intents = len(self._journal.intents())
             except JournalUnavailable as error:
                 log.warning("journal.unavailable", error=str(error))

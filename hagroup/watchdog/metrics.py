@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from hagroup.core.states import State
+from hagroup.engine.status import IN_SERVICE
 from hagroup.watchdog.group import Report
 
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -47,7 +48,7 @@ def _group_gauges(reports: list[Report]) -> Iterator[Metric]:
         "members_up",
         "members in service",
         group,
-        [([r.label], sum(member.state == "in service" for member in s.members)) for r, s in known],
+        [([r.label], sum(member.state == IN_SERVICE for member in s.members)) for r, s in known],
     )
     yield _gauge("members", "members of the group", group, [([r.label], len(s.members)) for r, s in known])
     yield _gauge("objects", "live objects", group, [([r.label], s.objects) for r, s in known])
@@ -78,7 +79,7 @@ def _member_gauges(reports: list[Report]) -> Iterator[Metric]:
         for member in report.status.members
     ]
     yield _gauge(
-        "member_up", "1: in service", labels, [(where, member.state == "in service") for _, where, member in known]
+        "member_up", "1: in service", labels, [(where, member.state == IN_SERVICE) for _, where, member in known]
     )
     yield _gauge(
         "member_heartbeat_ok",
@@ -105,15 +106,25 @@ def _member_gauges(reports: list[Report]) -> Iterator[Metric]:
     )
     yield _gauge(
         "member_admitted_since_timestamp_seconds",
-        "when the journal's knowledge of the member last changed",
+        "since when a member that is in service is",
         labels,
-        [(where, datetime.fromisoformat(m.since).timestamp()) for _, where, m in known],
+        [
+            (where, datetime.fromisoformat(m.since).timestamp())
+            for _, where, m in known
+            if m.state == IN_SERVICE and m.since
+        ],
     )
     yield _gauge(
         "member_outstanding_calls",
-        "calls of the watchdog that are under way",
+        "calls of this watchdog alone that are under way; what applications call only they know",
         labels,
         [(where, r.outstanding.get(m.name, 0)) for r, where, m in known],
+    )
+    yield _gauge(
+        "member_unanswered_changes",
+        "changes that applications or others asked it for and that it has not answered, from the journal",
+        labels,
+        [(where, m.unanswered) for _, where, m in known],
     )
     yield _gauge(
         "member_resync_backlog",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sdnotify import SystemdNotifier
 
+from hagroup.config.load import load
 from hagroup.config.logging import get_logger
-from hagroup.config.model import Endpoint, GroupConfig
+from hagroup.config.model import Endpoint, GroupConfig, LogStyle
 from hagroup.core.watch import lease_time
 from hagroup.engine.status import Status, gather, without_journal
 from hagroup.errors import ConfigurationError, JournalUnavailable
@@ -45,6 +47,20 @@ def _looked_at(config: GroupConfig) -> Status:
         journal.close()
 
 
+def _log_style(configs: Mapping[Path, GroupConfig]) -> LogStyle:
+    """All groups of one process write into one log.
+
+    :raises ConfigurationError: they do not say the same of it.
+    """
+    styles = {path: config.watchdog.log_style for path, config in configs.items()}
+    if len(set(styles.values())) > 1:
+        said = ", ".join(f'"{style}" in {path}' for path, style in styles.items())
+        raise ConfigurationError(
+            f"[watchdog] log_style has to be the same in all files of one ha-watchdog: it is {said}"
+        )
+    return next(iter(styles.values()))
+
+
 class Service:
     """All groups of one ``ha-watchdog``."""
 
@@ -59,7 +75,7 @@ class Service:
                 )
         if len(set(serials)) < len(serials):
             raise ConfigurationError("two of the configuration files are of one group")
-        lines.configure(self.watches[0].config.watchdog.log_style)
+        lines.configure(_log_style(self._configs()))
         self.metrics = Metrics(self._reports)
         self.board = Board(self._reports)
         self._pages: dict[Endpoint, Page] = {}
@@ -67,6 +83,9 @@ class Service:
         self._stopping = False
         self._reload = False
         self._notifier = SystemdNotifier()
+
+    def _configs(self) -> dict[Path, GroupConfig]:
+        return {watch.path: watch.config for watch in self.watches}
 
     def _reports(self) -> list[Report]:
         return [watch.report for watch in self.watches]
@@ -133,6 +152,12 @@ class Service:
         self._reload = False
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._notifier.notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
+        try:
+            _log_style(self._configs() | self._as_written())
+        except ConfigurationError as error:
+            log.error("configuration.not-reloaded", reason=str(error))
+            self._notifier.notify("READY=1")
+            return
         for watch in self.watches:
             watch.ready.clear()
             watch.reload()
@@ -141,6 +166,14 @@ class Service:
         lines.configure(self.watches[0].config.watchdog.log_style)
         self._open_pages()
         self._notifier.notify("READY=1")
+
+    def _as_written(self) -> dict[Path, GroupConfig]:
+        """The files that can be read now; of the others each group's watch says why, and keeps what it has."""
+        found = {}
+        for watch in self.watches:
+            with contextlib.suppress(ConfigurationError):
+                found[watch.path] = load(watch.path)
+        return found
 
     def _open_pages(self) -> None:
         wanted = {listen for watch in self.watches if (listen := watch.config.watchdog.listen) is not None}

@@ -958,6 +958,15 @@ def observation(observer: str, ok: bool, at: float) -> Observation:
     return Observation(member="a", observer=observer, site=None, ok=ok, kind="probe", boot_time=at)
 
 
+def test_clients_are_those_that_live(journal, other):
+    mine, theirs = journal.owner, other.owner
+    assert {client.owner for client in journal.clients()} >= {mine, theirs}
+    assert all(client.here and client.host and client.process > 0 for client in journal.clients())
+    other.close()
+    owners = {client.owner for client in journal.clients()}
+    assert mine in owners and theirs not in owners
+
+
 def test_observations_keep_the_newest_of_each_observer(journal, other):
     journal.observe([observation("x", True, 5.0), observation("y", True, 6.0)])
     seen, change = caught_up(other).view_number(), other.group().change

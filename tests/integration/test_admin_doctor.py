@@ -141,6 +141,21 @@ def test_doctor_names_what_is_wrong(shared: GroupFixture) -> None:
     assert bad(checks(shared, 0)) == set()
 
 
+def test_doctor_says_where_a_moved_journal_is(fast_folder: Any) -> None:
+    group = make_group(fast_folder / "examined-moved", members=2)
+    assert group.admin("journal", "move", "sqlite:journal.db", "sqlite:moved.db").returncode == 0
+    (line,) = checks(group, 1)["journal"]
+    assert f"was moved to sqlite:{group.folder}/moved.db" in line["found"]
+    assert f"write sqlite:{group.folder}/moved.db into [journal] url" in line["remedy"], line
+    group.toml.write_text(group.toml.read_text().replace("sqlite:journal.db", "sqlite:moved.db"))
+    copied = group.folder / "copied.db"
+    copied.write_bytes((group.folder / "moved.db").read_bytes())
+    (group.folder / "moved.db").unlink()
+    copied.rename(group.folder / "moved.db")
+    (line,) = checks(group, 1)["journal"]
+    assert "journal adopt" in line["remedy"], line
+
+
 def test_recover(shared: GroupFixture) -> None:
     shared.take_away("hsm2")
     run_client(shared, "session.generate_key(KeyType.AES, 256, store=True, label='late')\n")

@@ -184,6 +184,9 @@ def test_journal(shared: GroupFixture) -> None:
     assert document(shared, "journal", "list", "--until", "2001-01-01") == []
     assert shared.admin("journal", "list", "--since", "yesterday").returncode == 2
     assert all(one["member"] == "hsm2" for one in document(shared, "journal", "list", "--member", "hsm2"))
+    for command in ("list", "tail"):
+        unknown = shared.admin("journal", command, "--member", "nope")
+        assert unknown.returncode == 2 and unknown.stdout == "" and "'nope'" in unknown.stderr, unknown.stderr
     created = document(shared, "journal", "list", "--event", "group created")
     assert [one["event"] for one in created] == ["group created"]
     assert "group created" in shared.admin("journal", "tail", "-n", "1000").stdout

@@ -16,6 +16,7 @@ from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import EtcdJournal, etcd_opened
 from hagroup.journal.api import Asking
 from hagroup.journal.etcd_client import EtcdClient, Unanswered, b64
+from hagroup.journal.etcd_keys import KeptOwner
 from hagroup.journal.etcd_mirror import TTL
 from tests.support.etcd import EtcdBackend, one_node
 from tests.support.groups import wait_until
@@ -321,8 +322,8 @@ def test_a_destruction_that_is_done_waits_for_all_and_never_looks_refused(
     journal.destroy(records[0].uid, asking=[], membership_revision=1)
     assert heard
 
-    monkeypatch.setattr(journal, "_everybody_saw", lambda revision: ["somebody"])
-    monkeypatch.setattr(journal, "event", cannot)
+    monkeypatch.setattr(journal, "_everybody_saw", lambda revision: {"somebody": KeptOwner("host", 1, 0.0)})
+    monkeypatch.setattr(journal, "_note_passed_over", cannot)
     stone, _ = journal.destroy(records[1].uid, asking=[], membership_revision=1)
     assert other.tombstone(records[1].uid) == stone
 
