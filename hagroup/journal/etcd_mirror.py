@@ -18,6 +18,7 @@ import msgspec
 
 from hagroup.core.records import Changes, MemberRecord, Seal
 from hagroup.errors import JournalUnavailable
+from hagroup.journal.clock import boot_time
 from hagroup.journal.etcd_client import TIMEOUT, Compacted, EtcdClient, Pair, after_all, b64, pair, range_of
 from hagroup.journal.etcd_keys import Document, Head, Keys
 from hagroup.journal.etcd_snapshot import member_records, only_listed
@@ -49,7 +50,7 @@ class Mirror:
         seen: Callable[[int], None],
     ) -> None:
         """
-        :param registered: when (monotonic) the registration was asked for.
+        :param registered: when (boot time) the registration was asked for.
         :param keep_alive: called every few seconds: renews the registration; False: it had run out, and is a new one.
         :param seen: called with the revision up to which objects were changed or destroyed, once nobody here
             gets the old ones any more.
@@ -128,7 +129,7 @@ class Mirror:
     @property
     def lapsed(self) -> bool:
         """Whether others no longer count on this process: counted from when its registration was asked to be kept."""
-        return time.monotonic() - self._kept_alive > TTL
+        return boot_time() - self._kept_alive > TTL
 
     def wait_for(self, revision: int, *, patience: float = 2.0) -> bool:
         """Until the watch brought it."""
@@ -224,7 +225,7 @@ class Mirror:
     def _renew(self) -> bool:
         """Every few seconds, also while all is being read, which may take longer than a registration lasts. False: it
         had run out, and is a new one: until everything was read anew nothing is known."""
-        asked = time.monotonic()
+        asked = boot_time()
         if asked - self._renewed <= _KEEP_ALIVE:
             return True
         kept = self._keep_alive()

@@ -26,6 +26,7 @@ from hagroup.core.clock import Clock
 from hagroup.core.records import Intent, LoginState, OwedRow
 from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import owners
+from hagroup.journal.clock import boot_time
 from hagroup.journal.etcd_client import EtcdClient, Json, Unanswered, b64, pair, range_of
 from hagroup.journal.etcd_keys import Document, KeptLogin, KeptOwner, KeptPassed, Keys, encode
 from hagroup.journal.etcd_mirror import TTL, Mirror
@@ -72,7 +73,7 @@ class EtcdOpened(Writer):
         """Of those, the ones of which it is known that nobody counts them as passed over."""
         self._lease = 0
         self._times = SeenTimes(self._clock)
-        registered = time.monotonic()
+        registered = boot_time()
         if not self._read_only:
             self._register()
         try:
@@ -365,9 +366,9 @@ class EtcdOpened(Writer):
     def _long_lease(self, ttl: int) -> int:
         """A lease that is not kept alive, for keys that are to go by themselves; each has at least half of it left."""
         lease, granted = self._long.get(ttl, (0, 0.0))
-        if not lease or time.monotonic() - granted > ttl / 2:
+        if not lease or boot_time() - granted > ttl / 2:
             lease = self._client.grant(ttl)
-            self._long[ttl] = (lease, time.monotonic())
+            self._long[ttl] = (lease, boot_time())
         return lease
 
     # -- life ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hagroup.config.model import JournalSection
 from hagroup.errors import JournalOutcomeUnknown, JournalUnavailable
 from hagroup.journal import EtcdJournal, etcd_opened
 from hagroup.journal.api import Asking
+from hagroup.journal.clock import boot_time
 from hagroup.journal.etcd_client import EtcdClient, Unanswered, b64
 from hagroup.journal.etcd_keys import KeptOwner
 from hagroup.journal.etcd_mirror import TTL
@@ -263,6 +264,16 @@ def test_a_login_of_which_nobody_can_tell_whether_it_was_announced(
     journal._settle_later()
     refused = journal.begin_login("a", "file:pin", "stamp", clear=True)
     assert refused is not None and refused.owner == other.owner, "that one is under way"
+
+
+def test_time_that_the_machine_slept_counts(backend: EtcdBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others stopped waiting for this process meanwhile: until it has read all anew it knows nothing."""
+    journal = backend.open()
+    before, awake = journal.view_number(), boot_time
+    assert before != -1
+    monkeypatch.setattr("hagroup.journal.etcd_mirror.boot_time", lambda: awake() + TTL + 1)
+    assert journal.view_number() == -1
+    wait_until(lambda: journal.view_number() > before, "everything was read anew")
 
 
 def test_lock_files_of_the_dead_go_when_no_row_tells_of_them(backend: EtcdBackend) -> None:
