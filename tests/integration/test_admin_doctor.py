@@ -143,7 +143,7 @@ def test_doctor_names_what_is_wrong(shared: GroupFixture) -> None:
 
 def test_doctor_says_where_a_moved_journal_is(fast_folder: Any) -> None:
     group = make_group(fast_folder / "examined-moved", members=2)
-    assert group.admin("journal", "move", "sqlite:journal.db", "sqlite:moved.db").returncode == 0
+    assert group.admin("journal", "move", "sqlite:journal.db", "sqlite:moved.db", "--yes").returncode == 0
     (line,) = checks(group, 1)["journal"]
     assert f"was moved to sqlite:{group.folder}/moved.db" in line["found"]
     assert f"write sqlite:{group.folder}/moved.db into [journal] url" in line["remedy"], line

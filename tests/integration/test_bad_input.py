@@ -362,7 +362,7 @@ NEW = "--token-serial 1 --yes --pin-file {folder}/hsm1/pin"
         (f"member add n@w --module {SOFTHSM} {NEW}", 'name must be made of 1 to 64 letters, digits, ".", "_" or "-"'),
         ("domain shares --check --share-file {softhsm}", "is no share; nothing was changed"),
         ("sync --label key", "--label goes with --adopt"),
-        ("journal note text --done hsm1 --to-do hsm1", "member hsm1 is named twice"),
+        ("journal note text --done hsm1 --to-do hsm1", "hsm1 is named twice"),
         ("backup create {folder}/none/file", "/none/file cannot be written: No such file or directory"),
         ("backup restore {folder}/none --yes", "/none: No such file or directory"),
         ("doctor --bundle {folder}/hagroup.toml", "/hagroup.toml exists already and is not overwritten"),

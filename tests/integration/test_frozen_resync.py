@@ -17,7 +17,7 @@ from tests.support.groups import make_group, run_client, wait_until
 
 LEASE = 2.0
 _RESYNCS = f"""
-import os, signal, sys
+import signal, sys, threading
 from hagroup import bootstrap
 from hagroup.engine import replicate, resync
 from hagroup.journal import SqliteJournal
@@ -29,14 +29,17 @@ resync.LEASE = {LEASE}
 install = replicate.replica.install
 claims = []
 
+def freeze():
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread goes no further, whichever others there are
+
 def freezes(connection, *arguments, **options):
     if sys.argv[2] == "before" and not claims:
         claims.append(True)
-        os.kill(os.getpid(), signal.SIGSTOP)
+        freeze()
     result = install(connection, *arguments, **options)
     if sys.argv[2] == "after" and not claims:
         claims.append(True)
-        os.kill(os.getpid(), signal.SIGSTOP)
+        freeze()
     return result
 
 replicate.replica.install = freezes

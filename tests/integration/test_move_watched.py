@@ -31,7 +31,7 @@ def test_a_planned_move_is_no_alarm_and_an_older_token_is_one(fast_folder: Path)
         wait_until(lambda: listed(group, "watchdog"), "it begins to remember what it told")
     before = group.folder / "hsm2" / "tokens.before"
     shutil.copytree(group.token_folder("hsm2"), before)
-    done = group.admin("journal", "move", "sqlite:journal.db", "sqlite:moved.db")
+    done = group.admin("journal", "move", "sqlite:journal.db", "sqlite:moved.db", "--yes")
     assert done.returncode == 0, done.stderr
     group.toml.write_text(group.toml.read_text().replace("sqlite:journal.db", "sqlite:moved.db"))
     with watching(group, "after"):
