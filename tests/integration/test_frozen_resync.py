@@ -30,7 +30,7 @@ install = replicate.replica.install
 claims = []
 
 def freeze():
-    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread goes no further, whichever others there are
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread goes no further
 
 def freezes(connection, *arguments, **options):
     if sys.argv[2] == "before" and not claims:

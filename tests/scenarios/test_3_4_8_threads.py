@@ -49,6 +49,11 @@ def test_sign(session: Any, threads: int) -> None:
         assert all(pool.map(work, range(threads)))
 
 
+def wait_settled(session: Any) -> None:
+    journal = session.engine._group.journal
+    wait_until(lambda: not journal.owed() and not journal.intents(), "the end of what members owe")
+
+
 def test_make_change_and_destroy(busy_group: GroupFixture, session: Any) -> None:
     """Each thread with objects of its own, all of them on the same tokens."""
 
@@ -62,9 +67,11 @@ def test_make_change_and_destroy(busy_group: GroupFixture, session: Any) -> None
         assert found.decrypt(encrypted, mechanism_param=IV) == b"data"
         return f"kept {number}"
 
+    wait_settled(session)
     before = plain.labels(busy_group.members["hsm1"])
     with ThreadPoolExecutor(12) as pool:
         kept = list(pool.map(work, range(24)))
+    wait_settled(session)  # a new object is live as soon as ``min_replicas`` have it
     for member in busy_group.members.values():
         assert plain.labels(member) == sorted(before + kept)
 
@@ -94,6 +101,6 @@ def test_one_object_changed_by_all(busy_group: GroupFixture, session: Any) -> No
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(16)))
     label = key[Attribute.LABEL]
-    wait_until(lambda: not session.engine._group.journal.owed(), "the end of what members owe")
+    wait_settled(session)
     for member in busy_group.members.values():
         assert [found for found in plain.labels(member) if found.startswith("contested")] == [label]
