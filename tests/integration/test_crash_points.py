@@ -252,7 +252,8 @@ def test_killed_anywhere(crasher: Crasher, change: str) -> None:
         records = sum(1 for item in items if item["label"].startswith("hagroup:object:"))
         others = sum(1 for item in items if not item["label"].startswith("hagroup"))
         assert records == others, f"{name}: {records} records for {others} objects"
-        assert sum(1 for item in items if item["label"].startswith("hagroup:manifest:")) == 1, name
+        shown = sum(1 for item in items if item["label"].startswith("hagroup:manifest:"))
+        assert shown in (1, 2), f"{name}: {shown} manifests"  # an older one goes when the next is written
     status = crasher.group.status()
     assert status["group"]["in_sync"], status
 
