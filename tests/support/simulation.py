@@ -205,20 +205,16 @@ class Client:
                 raise Killed
 
     def journal_fails(self, writes: bool) -> bool:
-        if writes and self.journal_fault_in is not None:
-            self.journal_fault_in -= 1
-            if self.journal_fault_in < 0:
-                self.journal_fault_in = None
-                return True
-        return False
+        return writes and self._is_due("journal_fault_in")
 
     def is_lost(self, writes: bool) -> bool:
-        if writes and self.journal_lost_in is not None:
-            self.journal_lost_in -= 1
-            if self.journal_lost_in < 0:
-                self.journal_lost_in = None
-                return True
-        return False
+        return writes and self._is_due("journal_lost_in")
+
+    def _is_due(self, name: str) -> bool:
+        """Counts down what is to happen once."""
+        left: int | None = getattr(self, name)
+        setattr(self, name, left - 1 if left else None)
+        return left == 0
 
     def disown(self, before: Mapping[str, str]) -> None:
         """As the journal on etcd does where it finds out later: an intent that nobody heard of is nobody's."""
