@@ -133,8 +133,10 @@ def domain_join(
     with opened((pin_file, pin_env)) as group:
         pin = commands.stamped_pins(msgspec.structs.replace(config, members=(mine,)), (pin_file, pin_env))[name]
         with domain_joining.reached(group, mine, pin) as life, membership.alone(group.journal):
-            if domain_joining.has_keys(group, mine, life):
-                say(f"member {name} has both keys already")
+            keys = domain_joining.held(group, mine, life)
+            if keys is not None:
+                completed = domain_joining.complete(group, mine, life, keys)
+                say(f"member {name} has both keys already" + ("; it comes back by itself" if completed else ""))
                 return
             secrets, so_pin = None, None
             if from_shares or share_files:

@@ -13,6 +13,7 @@ from hagroup.core.records import ObjectRecord, ObjectState
 from hagroup.engine.domain import open_envelope, seal
 from hagroup.engine.domain_keys import (
     CARRIER,
+    GIVEN_BY_JOIN,
     DomainKeys,
     IntegrityAlarm,
     decrypt,
@@ -27,6 +28,7 @@ from hagroup.members.api import Connection
 NO_DIGEST = (CKR.KEY_INDIGESTIBLE, CKR.FUNCTION_NOT_SUPPORTED, CKR.MECHANISM_INVALID)
 """What a member answers that cannot digest a key."""
 _SHA256: Mechanism = (int(CKM.SHA256), None)
+_PARTITION_DIFFERS, _DOMAIN_DIFFERS = "the partition secret differs", "the domain key differs"
 
 
 class DomainMember(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,12 +114,17 @@ def open_reference(connection: Connection, keys: DomainKeys, reference: bytes, *
             key = open_envelope(connection, keys, sid, record, CARRIER, timeout=timeout)
         except IntegrityAlarm as error:
             raise DomainMismatch(
-                "the partition secret differs: the outer layer of an envelope that a member of the group made does not "
+                f"{_PARTITION_DIFFERS}: the outer layer of an envelope that a member of the group made does not "
                 "open on this one"
             ) from error
         right = _is_right(connection, sid, key, made, timeout=timeout)
     if not right:
-        raise DomainMismatch("the domain key differs: an envelope opens on this member to another key")
+        raise DomainMismatch(f"{_DOMAIN_DIFFERS}: an envelope opens on this member to another key")
+
+
+def concerns_domain(reason: str | None) -> bool:
+    """Whether a member is out of use for the domain's keys, which it lacked or had others of."""
+    return any(text in (reason or "") for text in (GIVEN_BY_JOIN, _PARTITION_DIFFERS, _DOMAIN_DIFFERS))
 
 
 def _is_right(connection: Connection, sid: SessionId, key: Handle, made: _Reference, *, timeout: float) -> bool:

@@ -9,7 +9,7 @@ from hagroup.config.model import MemberConfig
 from hagroup.config.pins import Pin
 from hagroup.core.records import Membership
 from hagroup.engine import membership, renewal, shares, transport
-from hagroup.engine.challenge import DomainMember, challenge, open_reference
+from hagroup.engine.challenge import DomainMember, challenge, concerns_domain, open_reference
 from hagroup.engine.domain_keys import DomainKeys, find_domain, scratch_session
 from hagroup.engine.domain_rotation import is_sealed
 from hagroup.engine.enforcement import probe_enforcement
@@ -36,8 +36,8 @@ def reached(group: GroupEngine, config: MemberConfig, pin: tuple[Pin, str, str])
         life.connection.close()
 
 
-def has_keys(group: GroupEngine, config: MemberConfig, life: Life) -> bool:
-    """Whether it has both already, proved."""
+def held(group: GroupEngine, config: MemberConfig, life: Life) -> DomainKeys | None:
+    """Both keys where it has them already, proved."""
     now, timeout = group.view.group, group.config.timeouts.generate
     try:
         keys = find_domain(
@@ -45,7 +45,16 @@ def has_keys(group: GroupEngine, config: MemberConfig, life: Life) -> bool:
         )
         open_reference(life.connection, keys, now.reference, timeout=timeout)
     except DomainMismatch:
+        return None
+    return keys
+
+
+def complete(group: GroupEngine, config: MemberConfig, life: Life, keys: DomainKeys) -> bool:
+    """What is left to do where an earlier :func:`give` was cut off after the keys had arrived. False: nothing is."""
+    record = group.view.members.get(config.name)
+    if record is None or record.membership is not Membership.QUARANTINED or not concerns_domain(record.reason):
         return False
+    _settle(group, config, life, keys)
     return True
 
 
@@ -74,12 +83,19 @@ def give(
             keys = join_domain(from_side, source_keys, officer.connection, side, timeout=timeout)
         finally:
             officer.connection.close()
+    _settle(group, config, life, keys)
+
+
+def _settle(group: GroupEngine, config: MemberConfig, life: Life, keys: DomainKeys) -> None:
+    """It has both keys: the journal keeps its transport key, others that nobody names go, and it may serve again."""
+    now, timeout = group.view.group, group.config.timeouts.generate
     record = group.view.members.get(config.name)
     if record is not None:
         pair = transport.own_public(life.connection, keys, life.token.serial, timeout=timeout)
         group.journal.set_member_facts(config.name, transport=pair)
     if now.rotation is None or now.rotation.finished:
-        renewal.drop_unknown(life.connection, set(ids), timeout=timeout)
+        names = {now.domain_key_id, now.partition_key_id}
+        renewal.drop_unknown(life.connection, names, timeout=timeout)
     group.journal.event("domain joined", "it was given both keys of the domain", member=config.name)
     if record is not None and record.membership is Membership.QUARANTINED:
         membership.release(group.journal, config.name)

@@ -22,6 +22,7 @@ from hagroup.members.api import Connection
 
 DOMAIN_LABEL = b"hagroup domain key"
 PARTITION_LABEL = b"hagroup partition key"
+GIVEN_BY_JOIN = "`ha-admin domain join` gives it both keys"
 
 _TAG_BITS = 128
 _CHUNK = 256 * 1024
@@ -125,8 +126,7 @@ def find_domain(
         if len(handles) != 1:
             state = "does not have" if not handles else f"has {len(handles)} objects that claim to be"
             raise (DomainMismatch if handles else KeysMissing)(
-                f"the member {state} the group's {what} (CKA_ID {key_id.hex()}); "
-                "`ha-admin domain join` gives it both keys"
+                f"the member {state} the group's {what} (CKA_ID {key_id.hex()}); {GIVEN_BY_JOIN}"
             )
         found[label] = handles[0]
     return DomainKeys(

@@ -21,7 +21,7 @@ from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.login import log_in
 from hagroup.engine.member import Life, Member
-from hagroup.engine.membership import NOT_CHANGED, listed, only_there, others_serve
+from hagroup.engine.membership import BEING_REMOVED, NOT_CHANGED, listed, only_there, others_serve
 from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.token_contents import InventoryEntry, inventory
 from hagroup.errors import ConfigurationError, HAError
@@ -31,7 +31,6 @@ from hagroup.members.api import Connection
 
 log = get_logger(__name__)
 
-BEING_REMOVED = "it is being removed: run the same `ha-admin member remove` again to complete it"
 GRACE = 1.0
 """Seconds for other processes' calls to come to their end before objects vanish under them; a longer one goes on
 elsewhere."""

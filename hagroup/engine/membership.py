@@ -38,6 +38,7 @@ from hagroup.members import ModuleProblem
 log = get_logger(__name__)
 
 NOT_CHANGED = "; nothing was changed"
+BEING_REMOVED = "it is being removed: run the same `ha-admin member remove` again to complete it"
 _ADMINISTRATION = 3600.0
 JOIN_TIMEOUT = 600.0
 """Seconds that a member may take to be brought up to date; it goes on in the background of whoever runs after that."""
@@ -437,14 +438,17 @@ def _unknown(name: str, members: Iterable[str]) -> ConfigurationError:
 
 
 def only_there(journal: Journal, name: str) -> list[str]:
-    """Labels of live objects that no other member has in their current revision."""
+    """Labels of live objects that no other member has in their current revision; one that is just being removed, and
+    may be half empty, does not count."""
+    others = {record.name for record in journal.members() if record.reason != BEING_REMOVED} - {name}
     alone = []
     for record in journal.objects():
         if record.state is not ObjectState.LIVE:
             continue
         copies, owed = journal.placement(record.uid)
         if not any(
-            other != name and copy.revision == record.revision and other not in owed for other, copy in copies.items()
+            other in others and copy.revision == record.revision and other not in owed
+            for other, copy in copies.items()
         ):
             alone.append(record.attributes.get(CKA.LABEL, b"").decode(errors="replace") or record.uid.hex())
     return alone

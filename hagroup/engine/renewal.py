@@ -68,11 +68,14 @@ def _records(journal: Journal, life: Life, *, timeout: float) -> None:
     """The sealed records beside the objects, as the journal has them now. Where the journal has another revision or
     nothing, the member owes that, and what is there goes with it."""
     assert life.keys is not None
-    for handle, uid, revision in older_records(life.connection, life.keys, timeout=timeout):
+    older, present = older_records(life.connection, life.keys, timeout=timeout)
+    for handle, uid, revision in older:
         record = journal.object(uid)
         if record is None or record.state is not ObjectState.LIVE or record.revision != revision:
             continue
-        store_record(life.connection, life.keys, record, timeout=timeout)
+        if (uid, revision) not in present:  # else this was cut off between the two
+            store_record(life.connection, life.keys, record, timeout=timeout)
+            present.add((uid, revision))
         _destroy(life.connection, handle, timeout=timeout)
 
 

@@ -79,15 +79,22 @@ def has_its_record(connection: Connection, record: ObjectRecord, *, timeout: flo
     return labels == [_label(record.uid, record.revision)]
 
 
-def older_records(connection: Connection, keys: DomainKeys, *, timeout: float) -> Iterator[tuple[Handle, bytes, int]]:
-    """(handle, UID, revision) of records on the token that are, or whose envelope is, under keys that were replaced."""
+def older_records(
+    connection: Connection, keys: DomainKeys, *, timeout: float
+) -> tuple[list[tuple[Handle, bytes, int]], set[tuple[bytes, int]]]:
+    """Records on the token that are, or whose envelope is, under keys that were replaced, as (handle, UID, revision);
+    and, as (UID, revision), those that are not."""
+    older, present = [], set()
     for handle, values in _contents(connection, timeout=timeout):
         label, uid = values.get(CKA.LABEL, b"").decode(errors="replace"), values.get(CKA.OBJECT_ID, b"")
         revision = label.rpartition(":")[2]
         if not label.startswith(_LABEL) or not revision.isdecimal():
             continue
         if _is_older(connection, keys, uid, values.get(CKA.VALUE, b""), timeout=timeout):
-            yield handle, uid, int(revision)
+            older.append((handle, uid, int(revision)))
+        else:
+            present.add((uid, int(revision)))
+    return older, present
 
 
 def _is_older(connection: Connection, keys: DomainKeys, uid: bytes, sealed: bytes, *, timeout: float) -> bool:

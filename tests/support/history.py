@@ -17,6 +17,7 @@ from hagroup.core.attributes import CKA, CKM, CKO, pack_bool, pack_ulong
 from hagroup.core.calls import Ckr, Handle
 from hagroup.core.ckr import CKR
 from hagroup.core.records import Membership, ObjectRecord, ObjectState
+from hagroup.engine import configuration, manifest
 from hagroup.errors import JournalUnavailable, OutcomeUnknown
 from tests.support.linearizability import Kind, Observed
 from tests.support.simulated import (
@@ -249,12 +250,14 @@ class History:
             one is not None and (one.kill_in, one.journal_fault_in, one.intrusion) != (None, None, None)
             for one in self.clients
         )
-        right = all(one.token is one.right_token and simulation.joined(one) for one in simulation.members.values())
-        return fine and quiet and right and not self.damage and thing.state == "live" and len(copies) == 3 and not owed
+        listed = simulation.listed()
+        right = all(one.token is one.right_token and simulation.joined(one) for one in listed)
+        everywhere = len(copies) == len(listed) and not owed
+        return fine and quiet and right and not self.damage and thing.state == "live" and everywhere
 
     def _connected(self, number: int) -> bool:
         client = self.clients[number % len(self.clients)]
-        return client is not None and len(client.engine.roster.serving()) == 3
+        return client is not None and len(client.engine.roster.serving()) == len(self.simulation.listed())
 
     def find(self, client: int, _: int, __: int) -> None:
         def look(one: Client) -> list[bytes]:
@@ -486,7 +489,8 @@ class History:
         journal = self.simulation.journal
         members = {member.name: member for member in journal.members()}
         holders: dict[bytes, int] = dict.fromkeys(live, 0)
-        for name, member in self.simulation.members.items():
+        for member in self.simulation.listed():
+            name = member.name
             damage = self.damage.get(name)
             if damage is not None:
                 if members[name].membership is Membership.ADMITTED and members[name].since != damage.admitted:
@@ -557,7 +561,7 @@ class History:
     def people(self) -> None:
         """They look at the status, and do what it says."""
         simulation = self.simulation
-        for member in simulation.members.values():
+        for member in simulation.listed():
             if member.token.pin != PIN or member.token.count_low:
                 member.token.pin, member.token.count_low = PIN, False
                 self.pin_refusals[member.name] = len(member.token.refused)
@@ -625,7 +629,7 @@ class History:
         """Each token holds exactly what is live, and its records; no ghost, no orphan."""
         live = [record for record in self.simulation.journal.objects() if record.state is ObjectState.LIVE]
         known = {thing.uid: thing for thing in self.things}
-        for member in self.simulation.members.values():
+        for member in self.simulation.listed():
             rest = dict(member.token.objects)
             for record in live:
                 self._check_copy(member, record, known[record.uid])
@@ -641,7 +645,7 @@ class History:
             left = [
                 item
                 for item in rest.values()
-                if item.label not in OWN and not item.label.startswith(b"hagroup:manifest:")
+                if item.label not in OWN and not item.label.startswith((manifest.LABEL, configuration.LABEL))
             ]
             if left:
                 raise Broken(f"{member.name} holds what it should not: {[_shown(item) for item in left]}")

@@ -42,6 +42,7 @@ from hagroup.members.lock import WorkerLock
 
 T = TypeVar("T")
 
+CKU_SO, CKU_USER = 0, 1
 CKM_EC_KEY_PAIR_GEN, CKM_ECDSA, CKM_AES_CMAC = 0x1040, 0x1041, 0x108A
 MECHANISMS = {
     int(number): MechanismInfo(0, 4096, 0xFFFFF)
@@ -120,6 +121,7 @@ class SimToken:
     def __init__(self, serial: str, pin: bytes) -> None:
         self.serial = serial
         self.pin = pin
+        self.so_pin = b"12345678"
         self.objects: dict[int, SimObject] = {}
         self.refused: list[bytes] = []
         """PINs that it refused, in order."""
@@ -322,7 +324,7 @@ class SimConnection:
         item = self._handles.get(handle)
         if item is not None and item.session is None:
             item = self.member.token.objects.get(item.number)
-        if item is None or (item.flag(CKA.PRIVATE) and self._logged_in is None):
+        if item is None or not self._shows(item):
             raise Ckr(error, "handle")
         return item
 
@@ -342,8 +344,11 @@ class SimConnection:
 
     def _visible(self) -> Iterator[SimObject]:
         for item in (*self.member.token.objects.values(), *self._session_objects):
-            if self._logged_in is not None or not item.flag(CKA.PRIVATE):
+            if self._shows(item):
                 yield item
+
+    def _shows(self, item: SimObject) -> bool:
+        return self._logged_in == CKU_USER or not item.flag(CKA.PRIVATE)
 
     # -- what it is --------------------------------------------------------------------------------------------
     @property
@@ -399,7 +404,7 @@ class SimConnection:
             token = self.member.token
             if self._logged_in is not None:
                 raise Ckr(CKR.USER_ALREADY_LOGGED_IN, "C_Login")
-            if pin != token.pin:
+            if pin != (token.so_pin if user_type == CKU_SO else token.pin):
                 token.refused.append(pin)
                 token.count_low = True
                 raise Ckr(CKR.PIN_INCORRECT, "C_Login")
@@ -513,8 +518,10 @@ class SimConnection:
         self._do("C_DestroyObject", action, changes=self._stored(handle))
 
     def _new(self, attributes: dict[int, bytes], secret: bytes | None, sid: SessionId) -> SimObject:
-        """:raises Ckr: the token is full."""
+        """:raises Ckr: the token is full, or only the security officer may."""
         stored = unpack_bool(attributes.get(CKA.TOKEN, b""))
+        if unpack_bool(attributes.get(CKA.TRUSTED, b"")) and self._logged_in != CKU_SO:
+            raise Ckr(CKR.ATTRIBUTE_READ_ONLY, "C_CreateObject")
         if stored and self.member.token.full:
             raise Ckr(CKR.DEVICE_MEMORY, "C_CreateObject")
         kind = unpack_ulong(attributes[CKA.CLASS])

@@ -29,9 +29,10 @@ from hagroup.engine.challenge import reference_envelope
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, find_domain
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.login import CKU_USER
+from hagroup.engine.membership import BEING_REMOVED
 from hagroup.engine.session import VirtualSession
 from hagroup.errors import GroupUnavailable, HAError, JournalOutcomeUnknown, JournalUnavailable
-from hagroup.journal import SqliteJournal
+from hagroup.journal import Journal, SqliteJournal
 from hagroup.members import ConnectionSettings, ModuleProblem
 from tests.support.journals import FakeClock
 from tests.support.simulated import Fate, SimConnection, SimMember, SimObject
@@ -59,6 +60,11 @@ _WRITES = frozenset(
         "update_member",
         "set_member_facts",
         "admit",
+        "add_member",
+        "remove_member",
+        "begin_rotation",
+        "rewrap",
+        "finish_rotation",
         "manifest_confirmed",
         "acquire_lease",
         "renew_lease",
@@ -71,6 +77,10 @@ _WRITES = frozenset(
         "event",
     ]
 )
+
+
+Patch = tuple[Any, str, Any]
+"""Whose, which, and what stands there meanwhile."""
 
 
 class Killed(BaseException):
@@ -105,53 +115,60 @@ class _Time:
 class _Changed(threading.Condition):
     """Waiting for a member's state to change is letting the background work, and time pass."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, process: Process) -> None:
         super().__init__()
-        self._client = client
+        self._process = process
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
         for _ in range(2):
             if predicate() or not timeout:
                 break
-            self._client.background()
+            self._process.background()
             if not predicate():
-                self._client.simulation.clock.now += timeout / 2
+                self._process.simulation.clock.now += timeout / 2
         return predicate()
 
 
 class _Journal:
     """A client's journal: the real one, with interactions."""
 
-    def __init__(self, client: Client, journal: SqliteJournal) -> None:
-        self._client = client
+    def __init__(self, process: Process, journal: SqliteJournal) -> None:
+        self._process = process
         self._journal = journal
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._journal, name)
         if not callable(found) or name in _LOCAL:
             return found
-        client = self._client
+        process, real = self._process, self._journal
         writes = name in _WRITES
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            client.interact(f"journal.{name}", writes)
-            if client.journal_fails(writes):
+            process.interact(f"journal.{name}", writes)
+            if process.journal_fails(writes):
                 raise JournalUnavailable("the journal cannot be reached (simulated): nothing was changed")
-            before = {intent.id: intent.owner for intent in client.real.intents()} if client.is_lost(writes) else None
+            before = {intent.id: intent.owner for intent in real.intents()} if process.is_lost(writes) else None
             result = found(*args, **kwargs)
             if before is not None:
-                client.disown(before)
+                self._disown(before)
                 raise JournalOutcomeUnknown(f"no answer to {name} (simulated)")
             if writes:
-                client.interact(f"journal.{name}, done", True)
+                process.interact(f"journal.{name}, done", True)
             return result
 
         setattr(self, name, call)
         return call
 
+    def _disown(self, before: Mapping[str, str]) -> None:
+        """As the journal on etcd does where it finds out later: an intent that nobody heard of is nobody's."""
+        for intent in self._journal.intents():
+            if before.get(intent.id) != intent.owner:
+                with self._journal._write() as t:
+                    t.sql.execute("UPDATE intents SET owner = ? WHERE id = ?", (f"{intent.owner} (gave up)", intent.id))
 
-class Client:
-    """One process of an application: an engine and a logged-in session."""
+
+class Process:
+    """What does something outside of itself, and may be killed there."""
 
     def __init__(self, simulation: Simulation, name: str) -> None:
         self.simulation = simulation
@@ -164,24 +181,8 @@ class Client:
         """Writes to the journal until one is carried out and gets no answer."""
         self.intrusion: tuple[int, Callable[[], None]] | None = None
         self._in_background = False
-        self.session: VirtualSession | None = None
-        self.real = SqliteJournal.open(simulation.path, clock=simulation.clock, busy_timeout=0.2)
-        simulation.owners[self.real.owner] = self
-        self.journal = _Journal(self, self.real)
         self.engine: GroupEngine
 
-    def start(self) -> None:
-        self.engine = GroupEngine(
-            self.simulation.config,
-            self.journal,
-            self.simulation.clock,
-            workers=AtOnce,
-            supervised=False,  # type: ignore[arg-type]
-        )
-        self.engine.roster.changed = _Changed(self)
-        self.background()
-
-    # -- what may happen to it ---------------------------------------------------------------------------------
     def interact(self, what: str, effect: bool) -> None:
         """It does something outside of itself now, or has just done it."""
         if self.dead:
@@ -216,14 +217,19 @@ class Client:
         setattr(self, name, left - 1 if left else None)
         return left == 0
 
-    def disown(self, before: Mapping[str, str]) -> None:
-        """As the journal on etcd does where it finds out later: an intent that nobody heard of is nobody's."""
-        for intent in self.real.intents():
-            if before.get(intent.id) != intent.owner:
-                with self.real._write() as t:
-                    t.sql.execute("UPDATE intents SET owner = ? WHERE id = ?", (f"{intent.owner} (gave up)", intent.id))
+    def open(self) -> tuple[SqliteJournal, Journal]:
+        """The group's journal, and the same with interactions."""
+        real = SqliteJournal.open(self.simulation.path, clock=self.simulation.clock, busy_timeout=0.2)
+        self.simulation.owners[real.owner] = self
+        return real, _Journal(self, real)
 
-    # -- what it does ------------------------------------------------------------------------------------------
+    def run(self, config: GroupConfig, journal: Journal) -> GroupEngine:
+        """The group in this process."""
+        self.engine = GroupEngine(config, journal, self.simulation.clock, workers=AtOnce, supervised=False)
+        self.engine.roster.changed = _Changed(self)
+        self.background()
+        return self.engine
+
     def background(self) -> None:
         """One look of its supervisor."""
         if self._in_background:
@@ -235,6 +241,27 @@ class Client:
             pass
         finally:
             self._in_background = False
+
+    def bury(self) -> None:
+        """Its locks are free, its workers gone."""
+        self.dead = True
+        mine = {owner for owner, process in self.simulation.owners.items() if process is self}
+        for member in self.simulation.members.values():
+            for connection in list(member.connections):
+                if connection.owner in mine:
+                    connection.kill()
+
+
+class Client(Process):
+    """One process of an application: an engine and a logged-in session."""
+
+    def __init__(self, simulation: Simulation, name: str) -> None:
+        super().__init__(simulation, name)
+        self.session: VirtualSession | None = None
+        self.real, self.journal = self.open()
+
+    def start(self) -> None:
+        self.run(self.simulation.configuration(), self.journal)
 
     def would_wait(self) -> bool:
         """Another thread of this process would have to wait for one that is in the middle of something: there is only
@@ -263,13 +290,8 @@ class Client:
         self.engine.roster.changed = _Changed(self)
 
     def bury(self) -> None:
-        """Its locks are free, its workers gone."""
-        self.dead = True
         self.real.close()
-        for member in self.simulation.members.values():
-            for connection in list(member.connections):
-                if connection.owner == self.real.owner:
-                    connection.kill()
+        super().bury()
 
 
 class Simulation:
@@ -277,10 +299,13 @@ class Simulation:
 
     def __init__(self, folder: Path, seed: int, *, members: int = 3, local: bool = False) -> None:
         self.clock = FakeClock()
+        self.time = _Time(self.clock)
         self.path = folder / "journal.db"
         self.seed = seed
         self.depth = 0
-        self.owners: dict[str, Client] = {}
+        self.owners: dict[str, Process] = {}
+        self.without_journal = ""
+        """The owner of connections that are made without one."""
         self.faults: dict[str, list[tuple[int, Fate, bool]]] = {}
         self.unexpected: list[str] = []
         self.log: list[str] | None = None
@@ -311,6 +336,10 @@ class Simulation:
             ),
         )
 
+    def configuration(self) -> GroupConfig:
+        """As a program that starts reads it."""
+        return self.config
+
     # -- the world outside of the engine -----------------------------------------------------------------------
     def random(self, length: int) -> bytes:
         self._drawn += 1
@@ -319,19 +348,11 @@ class Simulation:
     @contextlib.contextmanager
     def running(self) -> Iterator[Simulation]:
         """Time, random numbers and members are ours; what the background logs as an error is kept."""
-        time = _Time(self.clock)
         logger = logging.getLogger("hagroup")
         keeper = _Keeper(self)
         before = (logger.level, logger.propagate)
         with contextlib.ExitStack() as stack:
-            for owner, name, value in (
-                (os, "urandom", self.random),
-                (random, "_urandom", self.random),
-                (calls, "time", time),
-                (tenacity.nap, "time", time),
-                (tenacity, "time", time),
-                (opening, "open_connection", self._open),
-            ):
+            for owner, name, value in self.patches():
                 stack.callback(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, value)
             logger.addHandler(keeper)
@@ -344,13 +365,23 @@ class Simulation:
             self._set_up()
             yield self
 
+    def patches(self) -> list[Patch]:
+        return [
+            (os, "urandom", self.random),
+            (random, "_urandom", self.random),
+            (calls, "time", self.time),
+            (tenacity.nap, "time", self.time),
+            (tenacity, "time", self.time),
+            (opening, "open_connection", self._open),
+        ]
+
     def _end(self) -> None:
         for client in list(self.owners.values()):
             client.bury()
         self.journal.close()
 
     def _open(self, settings: ConnectionSettings, *, generation: int, isolation: str, timeout: float) -> SimConnection:
-        owner = Path(settings.lock_file or "").name.partition("-")[0]
+        owner = Path(settings.lock_file or self.without_journal).name.partition("-")[0]
         self.owners[owner].interact(f"{settings.name} start", False)
         member = self.members[settings.name]
         if member.down:
@@ -379,23 +410,24 @@ class Simulation:
         if changes:
             self.owners[connection.owner].interact(f"{connection.member.name} {name}, done", True)
 
-    def note(self, client: Client, what: str) -> None:
+    def note(self, process: Process, what: str) -> None:
         if self.log is not None:
-            self.log.append(f"{'    ' * (self.depth + 1)}{client.name} {what}")
+            self.log.append(f"{'    ' * (self.depth + 1)}{process.name} {what}")
 
     # -- the group ---------------------------------------------------------------------------------------------
     def _set_up(self) -> None:
         """As ``ha-admin group create`` leaves it; the domain's keys are put there directly."""
         ids = self.random(16), self.random(16)
         secrets = self.random(32), self.random(32)
-        for member in self.members.values():
+        members = [self.members[one.name] for one in self.config.members]
+        for member in members:
             self.give_domain(member, ids, secrets)
         self.domain = ids, secrets
         records = [
-            MemberRecord(name=name, serial=m.token.serial, role=Role.ACTIVE, membership=Membership.ADMITTED)
-            for name, m in self.members.items()
+            MemberRecord(name=m.name, serial=m.token.serial, role=Role.ACTIVE, membership=Membership.ADMITTED)
+            for m in members
         ]
-        first = next(iter(self.members.values()))
+        first = members[0]
         connection = first.connect(1, None, "")
         connection.login(CKU_USER, PIN, timeout=1)
         keys = find_domain(connection, *ids, timeout=1)
@@ -412,7 +444,7 @@ class Simulation:
         connection.kill()
         self.journal = SqliteJournal.open(self.path, clock=self.clock)
         group, listed = self.journal.view()
-        for member in self.members.values():
+        for member in members:
             connection = member.connect(1, None, "")
             connection.login(CKU_USER, PIN, timeout=1)
             keys = find_domain(connection, *ids, timeout=1)
@@ -420,6 +452,10 @@ class Simulation:
             manifest.write(connection, keys, shown, timeout=1)
             connection.kill()
             member.script, member.after = self._script, self._after
+
+    def listed(self) -> list[SimMember]:
+        """Those that are in the group, and not just being taken out of it."""
+        return [self.members[one.name] for one in self.journal.members() if one.reason != BEING_REMOVED]
 
     def joined(self, member: SimMember) -> bool:
         """Whether the domain's keys are on its token."""
@@ -435,6 +471,7 @@ class Simulation:
                 CKA.LABEL: label,
                 CKA.ID: key_id,
                 **dict.fromkeys((CKA.TOKEN, CKA.PRIVATE, CKA.SENSITIVE, CKA.DESTROYABLE), pack_bool(True)),
+                **dict.fromkeys((CKA.EXTRACTABLE, CKA.WRAP_WITH_TRUSTED), pack_bool(True)),
                 **dict.fromkeys((CKA.WRAP, CKA.UNWRAP), pack_bool(domain)),
                 **dict.fromkeys((CKA.ENCRYPT, CKA.DECRYPT), pack_bool(not domain)),
             }
