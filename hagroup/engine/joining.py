@@ -10,6 +10,7 @@ at all, and later members need the shares.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from hagroup.core.attributes import CKA, CKK, CKM, CKO, pack_bool, pack_ulong
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle, Mechanism, MemberGone, SessionId, Template, WorkerFault
 from hagroup.core.ckr import CKR
 from hagroup.engine import transport as transports
+from hagroup.engine import unfinished
 from hagroup.engine.challenge import NO_DIGEST, DomainMember, challenge
 from hagroup.engine.domain_keys import (
     CARRIER,
@@ -205,10 +207,21 @@ def generate_domain(
 
     :param secrets: both keys, where people are to hold shares of them: said plainly, these are in the host then.
     """
-    source = members[0].connection
-    with scratch_session(source, timeout=timeout) as sid:
-        drafts = draft(source, secrets, sid=sid, timeout=timeout)
-        return hand_out(source, sid, drafts, new_ids(), members, sealed=sealed, timeout=timeout)
+    source, ids = members[0].connection, new_ids()
+    try:
+        for member in members:
+            unfinished.mark(member.connection, ids, timeout=timeout)
+        with scratch_session(source, timeout=timeout) as sid:
+            drafts = draft(source, secrets, sid=sid, timeout=timeout)
+            keys = hand_out(source, sid, drafts, ids, members, sealed=sealed, timeout=timeout)
+    except BaseException:
+        for member in members:
+            with contextlib.suppress(Ckr, MemberGone, WorkerFault, DeadlinePassed):
+                unfinished.clear(member.connection, ids, timeout=timeout)
+        raise
+    for member in members:
+        unfinished.clear(member.connection, (), timeout=timeout)
+    return keys
 
 
 def import_domain(

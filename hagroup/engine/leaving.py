@@ -24,7 +24,7 @@ from hagroup.engine.member import Life, Member
 from hagroup.engine.membership import BEING_REMOVED, NOT_CHANGED, listed, only_there, others_serve
 from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.token_contents import InventoryEntry, inventory
-from hagroup.errors import ConfigurationError, HAError
+from hagroup.errors import ConfigurationError, HAError, JournalUnavailable
 from hagroup.journal.api import Journal
 from hagroup.members import ModuleProblem
 from hagroup.members.api import Connection
@@ -154,6 +154,8 @@ def _clear(
     timeout = group.timeouts.generate
     try:
         life = open_life(config, journal, generation=1, timeout=timeout, serial=record.serial)
+    except JournalUnavailable:
+        raise  # nothing is the matter with the member: the same command again completes it
     except (Ckr, DeadlinePassed, ModuleProblem, HAError, *CONNECTION_LOST) as error:
         return Left(0, 0, str(error))
     try:
@@ -162,6 +164,8 @@ def _clear(
         member = Member(config, rank=(0, 0), standby=False)
         log_in(journal, member, life, *pin, automatic=True, timeout=timeout)
         return _destroy_all(journal, record.name, life, keep=keep, timeout=timeout)
+    except JournalUnavailable:
+        raise
     except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST) as error:
         return Left(0, 0, str(error))
     finally:

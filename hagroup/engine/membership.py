@@ -18,12 +18,12 @@ from hagroup.config.load import load
 from hagroup.config.logging import get_logger
 from hagroup.config.model import MemberConfig
 from hagroup.config.pins import Pin
-from hagroup.core.attributes import CKA, CKO, pack_bool, pack_ulong
-from hagroup.core.calls import Ckr, DeadlinePassed, Template
+from hagroup.core.attributes import CKA
+from hagroup.core.calls import Ckr, DeadlinePassed
 from hagroup.core.records import MemberRecord, Membership, ObjectState, Role
-from hagroup.engine import manifest, transport
+from hagroup.engine import manifest, transport, unfinished
 from hagroup.engine.challenge import DomainMember, challenge
-from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
+from hagroup.engine.domain_keys import DomainKeys
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.joining import drop, join_domain
 from hagroup.engine.login import CKU_USER, PIN_ERRORS
@@ -186,19 +186,18 @@ def _another_token(group: GroupEngine, config: MemberConfig, life: Life) -> None
 def _own_keys(group: GroupEngine, side: DomainMember, *, timeout: float) -> DomainKeys | None:
     """Its domain keys. Only a part of this group's own: what an interrupted joining left, as good as none."""
     found = []
-    for label in (DOMAIN_LABEL, PARTITION_LABEL):
-        template: Template = [
-            (CKA.CLASS, pack_ulong(CKO.SECRET_KEY)),
-            (CKA.TOKEN, pack_bool(True)),
-            (CKA.LABEL, label),
-        ]
-        for handle in side.connection.find(template, timeout=timeout):
-            values, _ = side.connection.get(handle, [CKA.ID], timeout=timeout)
-            found.append(values.get(CKA.ID, b""))
+    for keys in unfinished.keys_of_domains(side.connection, timeout=timeout).values():
+        found += [name for _, name in keys]
     ours = (group.view.group.domain_key_id, group.view.group.partition_key_id)
     if len(found) == 1 and found[0] in ours:
         return None
-    return held_keys(side, timeout=timeout)
+    return held_keys(side, gone=_left_over(side, ours, timeout=timeout), timeout=timeout)
+
+
+def _left_over(side: DomainMember, ours: tuple[bytes, bytes], *, timeout: float) -> set[bytes]:
+    """Names of keys that were being made for another group when that was cut off."""
+    pairs = unfinished.marked(side.connection, timeout=timeout).pairs
+    return {name for pair in pairs - {ours} for name in pair}
 
 
 def _same_ids(name: str, keys: DomainKeys, other: str, others: DomainKeys) -> None:
@@ -280,6 +279,9 @@ def join(group: GroupEngine, newcomer: Newcomer, so_pin: Pin | None) -> None:
     config = newcomer.config
     member, source, source_keys = sponsor(group)
     given: DomainKeys | None = None
+    ours = (source_keys.domain_key_id, source_keys.partition_key_id)
+    gone = _left_over(newcomer.side(), ours, timeout=timeout)
+    unfinished.clear(newcomer.life.connection, gone, timeout=timeout)
     if newcomer.keys is None:
         if so_pin is None:
             raise ConfigurationError(f'the SO PIN of member "{member.name}" is needed{NOT_CHANGED}')
@@ -447,8 +449,7 @@ def only_there(journal: Journal, name: str) -> list[str]:
             continue
         copies, owed = journal.placement(record.uid)
         if not any(
-            other in others and copy.revision == record.revision and other not in owed
-            for other, copy in copies.items()
+            other in others and copy.revision == record.revision and other not in owed for other, copy in copies.items()
         ):
             alone.append(record.attributes.get(CKA.LABEL, b"").decode(errors="replace") or record.uid.hex())
     return alone

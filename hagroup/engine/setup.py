@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -23,7 +23,7 @@ from hagroup.core.attributes import CKA, CKM, CKO, pack_bool, pack_ulong, unpack
 from hagroup.core.calls import Ckr, DeadlinePassed, Template
 from hagroup.core.clock import Clock
 from hagroup.core.records import GroupRecord, MemberRecord, Membership
-from hagroup.engine import configuration, manifest, transport
+from hagroup.engine import configuration, manifest, transport, unfinished
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
 from hagroup.engine.joining import drop, generate_domain, join_domain
@@ -63,10 +63,19 @@ def create_group(
     """
     timeout = config.timeouts.generate
     with _alone(config, new=new), _opened(config, pins, timeout=timeout) as lives:
-        keys = _held(config, lives, timeout=timeout)
+        keys, left = _held(config, lives, timeout=timeout)
+        serials = {name: life.token.serial for name, life in lives.items()}
+        begun = unfinished.begun(config, serials, keys, clock=clock)
+        if begun is None:
+            _refuse_journal(config)
+        else:
+            begun.close()
         if found := _objects_already(lives, timeout=timeout):
             existing(found)
         _officer_agrees(config, lives, keys, so_pin, timeout=timeout)
+        _clear(lives, left, timeout=timeout)
+        if begun is not None:
+            return _complete(config, lives, keys, clock, timeout=timeout, new=new)
         made: dict[str, DomainKeys] = {}
         try:
             _domain(config, lives, keys, made, so_pin, sealed=sealed, timeout=timeout)
@@ -117,11 +126,17 @@ def create_domain(
     """
     timeout = config.timeouts.generate
     with _alone(config), _opened(config, pins, timeout=timeout) as lives:
-        held = _held(config, lives, timeout=timeout)
+        _refuse_journal(config)
+        held, left = _held(config, lives, timeout=timeout)
+        if len(held) == len(lives) and any(left.values()):  # made, but for the marks
+            _officer_agrees(config, lives, held, so_pin, timeout=timeout)
+            _clear(lives, left, timeout=timeout)
+            return
         if held:
             names = ", ".join(held)
             raise ConfigurationError(f"keys of a domain are there already, on {names}; nothing was changed")
         _officer_agrees(config, lives, held, so_pin, timeout=timeout)
+        _clear(lives, left, timeout=timeout)
         secret = None
         if hand_out is not None:
             secret = random_secrets(lives[config.members[0].name].connection, timeout=timeout)
@@ -187,6 +202,9 @@ def _check(config: GroupConfig, lives: Mapping[str, Life], *, timeout: float) ->
             raise ConfigurationError(
                 f'member "{member.name}" lacks mechanisms that replication needs ({names}); nothing was changed'
             )
+
+
+def _refuse_journal(config: GroupConfig) -> None:
     if isinstance(config.journal.url, SqliteUrl) and config.journal.url.path.exists():
         raise ConfigurationError(
             f"{config.path}: the journal {config.journal.url.path} exists already; it belongs to a group; name another "
@@ -194,18 +212,13 @@ def _check(config: GroupConfig, lives: Mapping[str, Life], *, timeout: float) ->
         )
 
 
-def held_keys(member: DomainMember, *, timeout: float) -> DomainKeys | None:
-    """The keys of a domain that the member belongs to already; None: of none."""
-    found: dict[bytes, list[tuple[int, bytes]]] = {DOMAIN_LABEL: [], PARTITION_LABEL: []}
-    for label, keys in found.items():
-        template: Template = [
-            (CKA.CLASS, pack_ulong(CKO.SECRET_KEY)),
-            (CKA.TOKEN, pack_bool(True)),
-            (CKA.LABEL, label),
-        ]
-        for handle in member.connection.find(template, timeout=timeout):
-            values, _ = member.connection.get(handle, [CKA.ID], timeout=timeout)
-            keys.append((handle, values.get(CKA.ID, b"")))
+def held_keys(member: DomainMember, *, gone: Collection[bytes] = (), timeout: float) -> DomainKeys | None:
+    """The keys of a domain that the member belongs to already; None: of none.
+
+    :param gone: names of keys that belong to no domain.
+    """
+    there = unfinished.keys_of_domains(member.connection, timeout=timeout)
+    found = {label: [key for key in keys if key[1] not in gone] for label, keys in there.items()}
     counts = [len(keys) for keys in found.values()]
     if counts == [0, 0]:
         return None
@@ -231,20 +244,56 @@ def _sides(config: GroupConfig, lives: Mapping[str, Life]) -> list[DomainMember]
     ]
 
 
-def _held(config: GroupConfig, lives: Mapping[str, Life], *, timeout: float) -> dict[str, DomainKeys]:
-    """The members that hold the keys of a domain already; that it is one and the same is proved.
+def _held(
+    config: GroupConfig, lives: Mapping[str, Life], *, timeout: float
+) -> tuple[dict[str, DomainKeys], dict[str, set[bytes]]]:
+    """The members that hold the keys of a domain already; that it is one and the same is proved. And, for members with
+    something that an attempt before left, the names of keys there that have to go.
 
     :raises DomainMismatch: it is not.
     """
     members = _sides(config, lives)
-    present = {member.name: keys for member in members if (keys := held_keys(member, timeout=timeout)) is not None}
+    there = {
+        member.name: {
+            label: {name for _, name in keys}
+            for label, keys in unfinished.keys_of_domains(member.connection, timeout=timeout).items()
+        }
+        for member in members
+    }
+    whole = {
+        (first, second)
+        for keys in there.values()
+        for first in keys[DOMAIN_LABEL]
+        for second in keys[PARTITION_LABEL]
+        if len(keys[DOMAIN_LABEL]) == len(keys[PARTITION_LABEL]) == 1
+    }
+    marked = {member.name: unfinished.marked(member.connection, timeout=timeout) for member in members}
+    everywhere = {ids for ids in whole if all(({ids[0]}, {ids[1]}) == tuple(keys.values()) for keys in there.values())}
+    present, left = {}, {}
+    for member in members:
+        mine = {name for names in there[member.name].values() for name in names}
+        marks = marked[member.name]
+        gone = {name for ids in marks.pairs - everywhere for name in ids}
+        # half of what another member has is what a joining that was cut off left
+        gone |= {name for ids in whole if len(mine & set(ids)) == 1 for name in ids}
+        keys = held_keys(member, gone=gone, timeout=timeout)
+        if keys is not None:
+            present[member.name] = keys
+        if marks.any or mine & gone:
+            left[member.name] = mine & gone
     holders = [member for member in members if member.name in present]
     for other in holders[1:]:
         try:
             challenge(holders[0], present[holders[0].name], other, present[other.name], timeout=timeout)
         except DomainMismatch as error:
             raise DomainMismatch(f"{error}; nothing was changed") from error
-    return present
+    return present, left
+
+
+def _clear(lives: Mapping[str, Life], left: Mapping[str, set[bytes]], *, timeout: float) -> None:
+    """What an attempt before left goes."""
+    for name, gone in left.items():
+        unfinished.clear(lives[name].connection, gone, timeout=timeout)
 
 
 def _take_back(lives: Mapping[str, Life], made: Mapping[str, DomainKeys], *, timeout: float) -> None:
@@ -368,25 +417,39 @@ def _record(
         clock=clock,
     )
     try:
-        journal = open_journal(config.journal, clock=clock)
-        try:
-            group, listed = journal.view()
-            by_name = {member.name: member for member in listed}
-            for member in config.members:
-                shown = manifest.compose(group, by_name, low=0, high=0)
-                manifest.write(lives[member.name].connection, keys[member.name], shown, timeout=timeout)
-            _show(config, group, by_name, lives, keys, timeout=timeout)
-            journal.event("group created", f"with members {', '.join(by_name)}")
-        finally:
-            journal.close()
-        if new:
-            write_new(_with_serial(config, serial), mode=0o600)
-        else:
-            set_group_serial(config.path, serial)
+        return _complete(config, lives, keys, clock, timeout=timeout, new=new)
     except BaseException:
         delete_journal(config.journal)
         raise
-    return serial
+
+
+def _complete(
+    config: GroupConfig,
+    lives: Mapping[str, Life],
+    keys: Mapping[str, DomainKeys],
+    clock: Clock,
+    *,
+    timeout: float,
+    new: bool,
+) -> str:
+    """The group of which there is a journal is shown on its members, and named in the file. May be done twice."""
+    journal = open_journal(config.journal, clock=clock)
+    try:
+        group, listed = journal.view()
+        by_name = {member.name: member for member in listed}
+        for member in config.members:
+            shown = manifest.compose(group, by_name, low=0, high=0)
+            manifest.write(lives[member.name].connection, keys[member.name], shown, timeout=timeout)
+        _show(config, group, by_name, lives, keys, timeout=timeout)
+        if not journal.events(limit=1):
+            journal.event(unfinished.CREATED, f"with members {', '.join(by_name)}")
+    finally:
+        journal.close()
+    if new:
+        write_new(_with_serial(config, group.serial), mode=0o600)
+    else:
+        set_group_serial(config.path, group.serial)
+    return group.serial
 
 
 def _with_serial(config: GroupConfig, serial: str) -> GroupConfig:

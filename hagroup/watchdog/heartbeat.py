@@ -15,8 +15,8 @@ from hagroup.core.records import LoginState, Membership
 from hagroup.core.states import State
 from hagroup.core.watch import ALARMS, Noted, Seen, Sight, Told
 from hagroup.engine.group import GroupEngine
-from hagroup.engine.leaving import BEING_REMOVED
 from hagroup.engine.member import Life, Member
+from hagroup.engine.membership import BEING_REMOVED
 from hagroup.engine.opening import CONNECTION_LOST
 from hagroup.engine.status import owed_by_member
 from hagroup.journal.api import Journal

@@ -17,7 +17,7 @@ from hagroup.core.calls import Template
 from hagroup.core.records import Membership
 from hagroup.engine.challenge import DomainMember
 from hagroup.engine.joining import import_domain
-from hagroup.engine.leaving import BEING_REMOVED
+from hagroup.engine.membership import BEING_REMOVED
 from hagroup.journal import SqliteJournal
 from hagroup.members.lock import WorkerLock
 from tests.integration.replica_support import connect

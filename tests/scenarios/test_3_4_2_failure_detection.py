@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from hagroup.core.records import LoginState, Membership
-from hagroup.engine.leaving import BEING_REMOVED
+from hagroup.engine.membership import BEING_REMOVED
 from hagroup.journal import SqliteJournal
 from tests.support.groups import GroupFixture, make_group, wait_until
 from tests.support.watchdogs import (

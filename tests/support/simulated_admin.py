@@ -23,7 +23,7 @@ from hagroup.config.load import load
 from hagroup.config.model import GroupConfig, JournalSection, MemberConfig, PinSource
 from hagroup.core.attributes import CKA
 from hagroup.core.clock import Clock
-from hagroup.engine import configuration, domain_rotation, leaving, manifest, membership, setup
+from hagroup.engine import configuration, domain_rotation, leaving, manifest, membership, setup, unfinished
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.token_contents import MEMBER_KEY_LABEL
@@ -93,7 +93,7 @@ class Administered(Simulation):
         return [
             *super().patches(),
             *((module, "time", self.time) for module in (membership, leaving, domain_rotation)),
-            *((module, "open_journal", self._open_journal) for module in (bootstrap, commands, setup)),
+            *((module, "open_journal", self._open_journal) for module in (bootstrap, commands, setup, unfinished)),
             *((module, "SystemClock", lambda: clock) for module in (bootstrap, commands)),
             (bootstrap, "GroupEngine", self._engine),
             (setup, "create_journal", self._around("create_journal", create_journal)),
@@ -192,7 +192,12 @@ class Administered(Simulation):
             manifests = [item for item in own if item.label.startswith(manifest.LABEL)]
             rest = [item for item in own if item not in (*keys, *pairs, *shown, *manifests)]
             rest = [item for item in rest if not item.label.startswith(b"hagroup:object:")]
-            if len(pairs) > 1 or len(shown) not in ((1,) if at_rest else (0, 1)) or len(manifests) not in (1, 2) or rest:
+            if (
+                len(pairs) > 1
+                or len(shown) not in ((1,) if at_rest else (0, 1))
+                or len(manifests) not in (1, 2)
+                or rest
+            ):
                 raise Broken(f"{name} holds {[item.label for item in own]}")
         if len(secrets) != 2:
             raise Broken("members hold different keys of the domain")
