@@ -18,7 +18,7 @@ from hagroup.config.pins import Pin, pin_source_identity, pin_source_stamp, read
 from hagroup.core.attributes import CKA, CKK, CKO
 from hagroup.core.records import OwedKind
 from hagroup.core.states import State
-from hagroup.engine import leaving, membership, replica
+from hagroup.engine import leaving, leftovers, membership, replica
 from hagroup.engine import setup as group_setup
 from hagroup.engine import status as group_status
 from hagroup.engine.group import GroupEngine
@@ -212,6 +212,7 @@ def sync(path: Path, *, pin: PinOptions) -> Synced:
         before = {name: len(group.journal.owed(name)) for name in group.view.members}
         with going_down("changes brought up to date", lambda: group.journal.counts()["owed"]):
             group.supervisor.sync_now()
+        leftovers.drop(group)
         members = []
         for name in group.view.members:
             owed = len(group.journal.owed(name))

@@ -186,7 +186,7 @@ def domain_shares(
             return
         so_pin = pins.read(f"SO PIN of member {speaker.name}", file=so_pin_file, variable=so_pin_env)
         _agreed(yes, f"Bring both keys of group {group.label} into this host, to split them?")
-        officer = officer_of(speaker.config, life, so_pin, timeout=timeout)
+        officer = officer_of(speaker.config, life, so_pin, journal=group.journal, timeout=timeout)
         try:
             secrets = shares.read_secrets(side, keys, officer.connection, timeout=timeout)
         finally:

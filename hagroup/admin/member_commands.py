@@ -243,7 +243,7 @@ def _add(
         pin = pins.read("user PIN", file=group_pins[0], variable=group_pins[1])
         if group.access.who is None:
             group.access.login(pin.reveal())
-    life = membership.connect_newcomer(config, pin, timeout=group.config.timeouts.generate)
+    life = membership.connect_newcomer(group.journal, config, pin, timeout=group.config.timeouts.generate)
     try:
         newcomer = membership.preflight(group, config, life)
         for finding in newcomer.findings:

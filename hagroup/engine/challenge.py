@@ -22,6 +22,7 @@ from hagroup.engine.domain_keys import (
     throw_away_key,
 )
 from hagroup.engine.envelope import NONCE_LENGTH
+from hagroup.engine.proof import is_empty
 from hagroup.errors import DomainMismatch
 from hagroup.members.api import Connection
 
@@ -112,6 +113,9 @@ def open_reference(connection: Connection, keys: DomainKeys, reference: bytes, *
     with scratch_session(connection, timeout=timeout) as sid:
         try:
             key = open_envelope(connection, keys, sid, record, CARRIER, timeout=timeout)
+        except Ckr:
+            _expect_whole(connection, keys, timeout=timeout)
+            raise
         except IntegrityAlarm as error:
             raise DomainMismatch(
                 f"{_PARTITION_DIFFERS}: the outer layer of an envelope that a member of the group made does not "
@@ -125,6 +129,13 @@ def open_reference(connection: Connection, keys: DomainKeys, reference: bytes, *
 def concerns_domain(reason: str | None) -> bool:
     """Whether a member is out of use for the domain's keys, which it lacked or had others of."""
     return any(text in (reason or "") for text in (GIVEN_BY_JOIN, _PARTITION_DIFFERS, _DOMAIN_DIFFERS))
+
+
+def _expect_whole(connection: Connection, keys: DomainKeys, *, timeout: float) -> None:
+    """:raises DomainMismatch: one of them is what a write that was cut off left."""
+    for what, handle in (("domain key", keys.domain), ("partition key", keys.partition)):
+        if is_empty(connection, handle, CKO.SECRET_KEY, CKK.AES, timeout=timeout):
+            raise DomainMismatch(f"the member's {what} is empty (making it was cut off); {GIVEN_BY_JOIN}")
 
 
 def _is_right(connection: Connection, sid: SessionId, key: Handle, made: _Reference, *, timeout: float) -> bool:

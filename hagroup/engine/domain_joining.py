@@ -75,7 +75,7 @@ def give(
         speaker, source, source_keys = membership.sponsor(group)
         if so_pin is None:
             raise ConfigurationError(f'the SO PIN of member "{speaker.name}" is needed{membership.NOT_CHANGED}')
-        officer = officer_of(speaker.config, source, so_pin, timeout=timeout)
+        officer = officer_of(speaker.config, source, so_pin, journal=group.journal, timeout=timeout)
         from_side = DomainMember(
             connection=source.connection, name=speaker.name, wrap_mechanism=speaker.config.wrap_mechanism
         )

@@ -116,7 +116,9 @@ def _side(member: Member, life: Life) -> DomainMember:
 def _begin(group: GroupEngine, so_pin: Pin, *, sealed: bool, secrets: tuple[bytes, bytes] | None) -> None:
     timeout = group.config.timeouts.generate
     speaker, life, keys = membership.sponsor(group)
-    officer_of(speaker.config, life, so_pin, timeout=timeout).connection.close()  # agreed: the second person
+    officer_of(
+        speaker.config, life, so_pin, journal=group.journal, timeout=timeout
+    ).connection.close()  # agreed: the second person
     was_sealed = is_sealed(life, keys, timeout=timeout)
     sealed = sealed or was_sealed
     present = _present(group)

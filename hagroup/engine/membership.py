@@ -101,10 +101,10 @@ def sponsor(group: GroupEngine) -> tuple[Member, Life, DomainKeys]:
     raise GroupUnavailable(f"no member of the group is in service and logged in to compare with{NOT_CHANGED}")
 
 
-def connect_newcomer(config: MemberConfig, pin: Pin, *, timeout: float) -> Life:
+def connect_newcomer(journal: Journal, config: MemberConfig, pin: Pin, *, timeout: float) -> Life:
     """:raises GroupUnavailable, ConfigurationError: it cannot be reached, or refused its PIN (one attempt)."""
     try:
-        life = open_life(config, None, generation=1, timeout=timeout)
+        life = open_life(config, journal, generation=1, timeout=timeout)
     except (Ckr, DeadlinePassed, ModuleProblem, HAError, *CONNECTION_LOST) as error:
         raise GroupUnavailable(f'member "{config.name}" cannot be used: {error}{NOT_CHANGED}') from error
     try:
@@ -186,7 +186,7 @@ def _another_token(group: GroupEngine, config: MemberConfig, life: Life) -> None
 def _own_keys(group: GroupEngine, side: DomainMember, *, timeout: float) -> DomainKeys | None:
     """Its domain keys. Only a part of this group's own: what an interrupted joining left, as good as none."""
     found = []
-    for keys in unfinished.keys_of_domains(side.connection, timeout=timeout).values():
+    for keys in unfinished.whole_keys(side.connection, timeout=timeout).values():
         found += [name for _, name in keys]
     ours = (group.view.group.domain_key_id, group.view.group.partition_key_id)
     if len(found) == 1 and found[0] in ours:
@@ -288,7 +288,7 @@ def join(group: GroupEngine, newcomer: Newcomer, so_pin: Pin | None) -> None:
         speaker = DomainMember(
             connection=source.connection, name=member.name, wrap_mechanism=member.config.wrap_mechanism
         )
-        officer = officer_of(member.config, source, so_pin, timeout=timeout)
+        officer = officer_of(member.config, source, so_pin, journal=group.journal, timeout=timeout)
         try:
             given = join_domain(speaker, source_keys, officer.connection, newcomer.side(), timeout=timeout)
         finally:

@@ -23,17 +23,17 @@ from hagroup.core.attributes import CKA, CKM, CKO, pack_bool, pack_ulong, unpack
 from hagroup.core.calls import Ckr, DeadlinePassed, Template
 from hagroup.core.clock import Clock
 from hagroup.core.records import GroupRecord, MemberRecord, Membership
-from hagroup.engine import configuration, manifest, transport, unfinished
+from hagroup.engine import configuration, ghosts, manifest, transport, unfinished
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
-from hagroup.engine.joining import drop, generate_domain, join_domain
+from hagroup.engine.joining import generate_domain, join_domain
 from hagroup.engine.login import CKU_SO, CKU_USER, PIN_ERRORS
 from hagroup.engine.member import Life
 from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.shares import random_secrets
 from hagroup.engine.token_contents import inventory
-from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable, HAError
-from hagroup.journal import create_journal, delete_journal, open_journal
+from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable, HAError, JournalUnavailable
+from hagroup.journal import Journal, create_journal, open_journal
 from hagroup.members import ModuleProblem
 
 log = get_logger(__name__)
@@ -79,10 +79,12 @@ def create_group(
         made: dict[str, DomainKeys] = {}
         try:
             _domain(config, lives, keys, made, so_pin, sealed=sealed, timeout=timeout)
-            return _record(config, lives, keys | made, clock, timeout=timeout, new=new)
+            _make_journal(config, lives, keys | made, clock, timeout=timeout)
         except BaseException:
-            _take_back(lives, made, timeout=timeout)
+            if not _there_is_a_journal(config, clock):
+                _take_back(lives, made, timeout=timeout)
             raise
+        return _complete(config, lives, keys | made, clock, timeout=timeout, new=new)
 
 
 @contextmanager
@@ -217,7 +219,7 @@ def held_keys(member: DomainMember, *, gone: Collection[bytes] = (), timeout: fl
 
     :param gone: names of keys that belong to no domain.
     """
-    there = unfinished.keys_of_domains(member.connection, timeout=timeout)
+    there = unfinished.whole_keys(member.connection, timeout=timeout)
     found = {label: [key for key in keys if key[1] not in gone] for label, keys in there.items()}
     counts = [len(keys) for keys in found.values()]
     if counts == [0, 0]:
@@ -253,34 +255,23 @@ def _held(
     :raises DomainMismatch: it is not.
     """
     members = _sides(config, lives)
-    there = {
-        member.name: {
-            label: {name for _, name in keys}
-            for label, keys in unfinished.keys_of_domains(member.connection, timeout=timeout).items()
-        }
-        for member in members
-    }
-    whole = {
-        (first, second)
-        for keys in there.values()
-        for first in keys[DOMAIN_LABEL]
-        for second in keys[PARTITION_LABEL]
-        if len(keys[DOMAIN_LABEL]) == len(keys[PARTITION_LABEL]) == 1
-    }
-    marked = {member.name: unfinished.marked(member.connection, timeout=timeout) for member in members}
-    everywhere = {ids for ids in whole if all(({ids[0]}, {ids[1]}) == tuple(keys.values()) for keys in there.values())}
+    found = {member.name: unfinished.whole_keys(member.connection, timeout=timeout) for member in members}
+    names = {name: [{key[1] for key in keys} for keys in found[name].values()] for name in found}
+    pairs = {(*first, *second) for first, second in names.values() if len(first) == len(second) == 1}
+    everywhere = {ids for ids in pairs if all(mine == [{ids[0]}, {ids[1]}] for mine in names.values())}
     present, left = {}, {}
     for member in members:
-        mine = {name for names in there[member.name].values() for name in names}
-        marks = marked[member.name]
-        gone = {name for ids in marks.pairs - everywhere for name in ids}
+        marked = unfinished.marked(member.connection, timeout=timeout)
+        gone = {name for ids in marked.pairs - everywhere for name in ids}
+        mine = set().union(*names[member.name])
         # half of what another member has is what a joining that was cut off left
-        gone |= {name for ids in whole if len(mine & set(ids)) == 1 for name in ids}
+        gone |= {name for ids in pairs if len(mine & set(ids)) == 1 for name in ids}
         keys = held_keys(member, gone=gone, timeout=timeout)
         if keys is not None:
             present[member.name] = keys
-        if marks.any or mine & gone:
-            left[member.name] = mine & gone
+        there = unfinished.keys_of_domains(member.connection, timeout=timeout)
+        if marked.any or gone & mine or there != found[member.name]:
+            left[member.name] = gone
     holders = [member for member in members if member.name in present]
     for other in holders[1:]:
         try:
@@ -297,20 +288,18 @@ def _clear(lives: Mapping[str, Life], left: Mapping[str, set[bytes]], *, timeout
 
 
 def _take_back(lives: Mapping[str, Life], made: Mapping[str, DomainKeys], *, timeout: float) -> None:
-    """Nothing of a group that could not be made whole stays on members that held nothing before."""
-    for name, keys in made.items():
-        connection = lives[name].connection
-        try:
-            entries = inventory(connection, timeout=timeout)
-            shown = [
-                entry.handle
-                for entry in entries
-                if entry.own and entry.label.startswith((manifest.LABEL, configuration.LABEL))
-            ]
-            pairs = transport.own(connection, timeout=timeout)
-            drop(connection, [*shown, *pairs, keys.domain, keys.partition], timeout=timeout)
-        except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
-            log.warning("member.left-unfinished", member=name, reason=str(error))
+    """Nothing of a group that could not be made stays on members that held nothing before. Where one of them does not
+    answer all keep what they have: the same command completes it, and could not if the keys were on one member only.
+    """
+    try:
+        for name in made:
+            lives[name].connection.probe(timeout=timeout)
+        for name, keys in made.items():
+            connection = lives[name].connection
+            for handle in (*transport.own(connection, timeout=timeout), keys.domain, keys.partition):
+                connection.destroy(handle, timeout=timeout)
+    except (Ckr, DeadlinePassed, *CONNECTION_LOST) as error:
+        log.warning("group.left-unfinished", reason=str(error))
 
 
 def _domain(
@@ -343,9 +332,14 @@ def _domain(
             officer.connection.close()
 
 
-def officer_of(member: MemberConfig, life: Life, so_pin: Pin, *, timeout: float) -> Life:
-    """The SO of the member that speaks for the others: in a module instance of its own (the user is logged in)."""
-    officer = open_life(member, None, generation=1, timeout=timeout, serial=life.token.serial)
+def officer_of(
+    member: MemberConfig, life: Life, so_pin: Pin, *, journal: Journal | None = None, timeout: float
+) -> Life:
+    """The SO of the member that speaks for the others: in a module instance of its own (the user is logged in).
+
+    :param journal: None while there is no group yet.
+    """
+    officer = open_life(member, journal, generation=1, timeout=timeout, serial=life.token.serial)
     try:
         officer.connection.login(CKU_SO, so_pin.reveal(), timeout=timeout)
     except Ckr as error:
@@ -377,15 +371,18 @@ def _officer_agrees(
     officer_of(speaker, lives[speaker.name], so_pin, timeout=timeout).connection.close()
 
 
-def _record(
-    config: GroupConfig,
-    lives: Mapping[str, Life],
-    keys: Mapping[str, DomainKeys],
-    clock: Clock,
-    *,
-    timeout: float,
-    new: bool,
-) -> str:
+def _there_is_a_journal(config: GroupConfig, clock: Clock) -> bool:
+    """Whether making it got as far as that, or may have: then the same command goes on from there."""
+    try:
+        open_journal(config.journal, clock=clock).close()
+    except JournalUnavailable:
+        return False
+    return True
+
+
+def _make_journal(
+    config: GroupConfig, lives: Mapping[str, Life], keys: Mapping[str, DomainKeys], clock: Clock, *, timeout: float
+) -> None:
     serial = f"{secrets.randbelow(90_000_000) + 10_000_000}"
     first = config.members[0]
     reference = reference_envelope(lives[first.name].connection, keys[first.name], timeout=timeout)
@@ -416,11 +413,6 @@ def _record(
         reference=reference,
         clock=clock,
     )
-    try:
-        return _complete(config, lives, keys, clock, timeout=timeout, new=new)
-    except BaseException:
-        delete_journal(config.journal)
-        raise
 
 
 def _complete(
@@ -440,6 +432,8 @@ def _complete(
         for member in config.members:
             shown = manifest.compose(group, by_name, low=0, high=0)
             manifest.write(lives[member.name].connection, keys[member.name], shown, timeout=timeout)
+            # of an attempt that was cut off inside a write: there was no journal yet to tell
+            ghosts.sweep(lives[member.name].connection, journal, member.name, timeout=timeout)
         _show(config, group, by_name, lives, keys, timeout=timeout)
         if not journal.events(limit=1):
             journal.event(unfinished.CREATED, f"with members {', '.join(by_name)}")

@@ -82,7 +82,8 @@ def _private_template(*, token: bool, sealed: bool) -> Template:
     return template
 
 
-def _read(connection: Connection, key: Handle, *, sid: SessionId, timeout: float) -> PublicPart:
+def read(connection: Connection, key: Handle, *, sid: SessionId = 0, timeout: float) -> PublicPart:
+    """The public part, as either key of a pair shows it."""
     values, _ = connection.get(key, _PUBLIC, sid=sid, timeout=timeout)
     return PublicPart(values[CKA.MODULUS], values[CKA.PUBLIC_EXPONENT])
 
@@ -95,7 +96,7 @@ def own(connection: Connection, *, timeout: float) -> list[Handle]:
 def find(connection: Connection, *, timeout: float) -> Transport | None:
     """The pair that is on the token; None: there is none (or, after a restored backup, several)."""
     found = own(connection, timeout=timeout)
-    return Transport(0, found[0], _read(connection, found[0], sid=0, timeout=timeout)) if len(found) == 1 else None
+    return Transport(0, found[0], read(connection, found[0], timeout=timeout)) if len(found) == 1 else None
 
 
 def find_or_make(
@@ -106,6 +107,8 @@ def find_or_make(
     there = find(connection, timeout=timeout) if keep else None
     if there is not None:
         return there
+    for handle in own(connection, timeout=timeout) if keep else ():
+        connection.destroy(handle, timeout=timeout)  # of several nobody could tell which one
     public, private = connection.generate_pair(
         (int(CKM.RSA_PKCS_KEY_PAIR_GEN), None),
         [
@@ -118,12 +121,12 @@ def find_or_make(
         sid=sid,
         timeout=timeout,
     )
-    return Transport(sid, private, _read(connection, public, sid=sid, timeout=timeout))
+    return Transport(sid, private, read(connection, public, sid=sid, timeout=timeout))
 
 
 def check(connection: Connection, public: Handle, expected: PublicPart, *, sid: SessionId = 0, timeout: float) -> None:
     """OAEP authenticates nobody: the key that is wrapped to is the one that the newcomer made."""
-    if _read(connection, public, sid=sid, timeout=timeout).fingerprint != expected.fingerprint:
+    if read(connection, public, sid=sid, timeout=timeout).fingerprint != expected.fingerprint:
         raise DomainMismatch("the transport key on the existing member is not the one that the new member made")
 
 

@@ -12,11 +12,12 @@ from collections.abc import Collection, Iterator, Mapping
 import msgspec
 
 from hagroup.config.model import GroupConfig, SqliteUrl
-from hagroup.core.attributes import CKA, CKO, pack_bool, pack_ulong
+from hagroup.core.attributes import CKA, CKK, CKO, pack_bool, pack_ulong
 from hagroup.core.calls import Handle, Template
 from hagroup.core.clock import Clock
 from hagroup.core.records import Membership
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
+from hagroup.engine.proof import is_empty
 from hagroup.engine.token_contents import APPLICATION, OWN_LABEL, find_all
 from hagroup.errors import JournalUnavailable
 from hagroup.journal import Journal, open_journal
@@ -69,6 +70,16 @@ def marked(connection: Connection, *, timeout: float) -> Marked:
     return Marked(bool(found), frozenset() if in_use else pairs)
 
 
+def whole_keys(connection: Connection, *, timeout: float) -> dict[bytes, list[tuple[Handle, bytes]]]:
+    """The same without those that a write that was cut off left empty."""
+
+    def whole(handle: Handle) -> bool:
+        return not is_empty(connection, handle, CKO.SECRET_KEY, CKK.AES, timeout=timeout)
+
+    there = keys_of_domains(connection, timeout=timeout)
+    return {label: [key for key in keys if whole(key[0])] for label, keys in there.items()}
+
+
 def keys_of_domains(connection: Connection, *, timeout: float) -> dict[bytes, list[tuple[Handle, bytes]]]:
     """(handle, CKA_ID) of all that are called domain key, and partition key."""
     found: dict[bytes, list[tuple[Handle, bytes]]] = {DOMAIN_LABEL: [], PARTITION_LABEL: []}
@@ -85,10 +96,10 @@ def keys_of_domains(connection: Connection, *, timeout: float) -> dict[bytes, li
 
 
 def clear(connection: Connection, gone: Collection[bytes], *, timeout: float) -> None:
-    """Destroy keys with these names, and then all marks."""
+    """Destroy keys with these names, those that are empty, and then all marks."""
     for keys in keys_of_domains(connection, timeout=timeout).values():
         for handle, name in keys:
-            if name in gone:
+            if name in gone or is_empty(connection, handle, CKO.SECRET_KEY, CKK.AES, timeout=timeout):
                 connection.destroy(handle, timeout=timeout)
     for handle, label in list(_own_data(connection, timeout=timeout)):
         if label.startswith(_LABEL):

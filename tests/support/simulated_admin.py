@@ -27,7 +27,7 @@ from hagroup.engine import configuration, domain_rotation, leaving, manifest, me
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.token_contents import MEMBER_KEY_LABEL
-from hagroup.journal import Journal, SqliteJournal, create_journal, delete_journal
+from hagroup.journal import Journal, SqliteJournal, create_journal
 from tests.support.history import Broken
 from tests.support.simulated import SimMember
 from tests.support.simulation import LATE_WINDOW, PIN, AtOnce, Killed, Patch, Process, Simulation
@@ -97,7 +97,6 @@ class Administered(Simulation):
             *((module, "SystemClock", lambda: clock) for module in (bootstrap, commands)),
             (bootstrap, "GroupEngine", self._engine),
             (setup, "create_journal", self._around("create_journal", create_journal)),
-            (setup, "delete_journal", self._around("delete_journal", delete_journal)),
             (setup, "ThreadPoolExecutor", lambda max_workers: AtOnce()),
             (write, "_replace", self._around("hagroup.toml", write._replace)),
             (logging, "prepare", lambda *_, **__: None),
@@ -165,6 +164,10 @@ class Administered(Simulation):
         return next((one for one in self.configuration().members if one.name == "hsm4"), None)
 
     # -- what must hold ----------------------------------------------------------------------------------------
+    def _outstanding(self, name: str) -> bool:
+        """``journal todo`` says that somebody has to destroy what is on a member that was removed."""
+        return any(event.data.get(f"member:{name}") == "to do" for event in self.journal.events())
+
     def check_domain(self, *, at_rest: bool) -> None:
         """Each listed member holds the group's two keys, once, and one manifest and configuration beside them; nobody
         else holds anything.
@@ -180,7 +183,7 @@ class Administered(Simulation):
             if ghosts:
                 raise Broken(f"{name} holds {len(ghosts)} ghosts")
             if name not in {record.name for record in listed}:
-                if own:
+                if own and not self._outstanding(name):
                     raise Broken(f"{name} is in no group, and holds {[item.label for item in own]}")
                 continue
             keys = [item for item in own if item.label in wanted]
@@ -192,12 +195,9 @@ class Administered(Simulation):
             manifests = [item for item in own if item.label.startswith(manifest.LABEL)]
             rest = [item for item in own if item not in (*keys, *pairs, *shown, *manifests)]
             rest = [item for item in rest if not item.label.startswith(b"hagroup:object:")]
-            if (
-                len(pairs) > 1
-                or len(shown) not in ((1,) if at_rest else (0, 1))
-                or len(manifests) not in (1, 2)
-                or rest
-            ):
+            # an older configuration or manifest may stand beside the newest one until the next is written
+            few = len(pairs) <= 1 and len(shown) in ((1, 2) if at_rest else (0, 1, 2)) and len(manifests) in (1, 2)
+            if rest or not few:
                 raise Broken(f"{name} holds {[item.label for item in own]}")
         if len(secrets) != 2:
             raise Broken("members hold different keys of the domain")
