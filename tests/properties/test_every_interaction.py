@@ -7,16 +7,19 @@ Over simulated members, so that all of them can be had in seconds. What must hol
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from hagroup.core.attributes import CKA, CKO
+from hagroup.core.attributes import CKA, CKK, CKM, CKO, pack_bool, pack_ulong
+from hagroup.core.calls import Template
+from hagroup.engine.session import VirtualSession
 from tests.support.history import FATES, History, Step, Thing, Unknown
 from tests.support.linearizability import Kind
-from tests.support.simulated import CKM_AES_CMAC
+from tests.support.simulated import CKM_AES_CMAC, CKM_AES_ECB_ENCRYPT_DATA, Fate, seal
 from tests.support.simulation import Client, Simulation
 
 Arm = Callable[[Simulation, Client], Callable[[], bool]]
@@ -41,6 +44,8 @@ CHANGES: dict[str, Sequence[Step]] = {
     "create data": [("create", 0, 2, 0)],
     "generate a pair": [PAIR],
     "copy": [],
+    "unwrap": [],
+    "derive": [],
     "set": [RENAME],
     "destroy": [("destroy", 0, 0, 0)],
     "resync": [TICK, TICK, TICK],
@@ -49,11 +54,14 @@ CHANGES: dict[str, Sequence[Step]] = {
 }
 
 
-def copy(history: History) -> None:
+Make = Callable[[VirtualSession, Template], bytes]
+
+
+def made(history: History, make: Make) -> None:
+    """A key that comes of another one."""
     history.number += 1
     label, called = b"%d" % history.number, history.observed.now()
-    source = history.things[0].uid
-    outcome, uid = history.call(0, lambda one: one.ready().copy(source, [(int(CKA.LABEL), label)]))
+    outcome, uid = history.call(0, lambda one: make(one.ready(), [(int(CKA.LABEL), label)]))
     if outcome == "done":
         history.observed.done(uid, Kind.CREATE, called, label)
         history.things.append(Thing(uid, history.number, {label}, CKO.SECRET_KEY, mechanism=CKM_AES_CMAC))
@@ -62,26 +70,77 @@ def copy(history: History) -> None:
     history.check()
 
 
-def play(change: str, arm: Arm) -> bool:
-    """One history. False: the trap was not sprung."""
+def copied(history: History) -> Make:
+    return lambda session, name: session.copy(history.things[0].uid, name)
+
+
+def unwrapped(history: History) -> Make:
+    secret = history.things[0].secret
+    assert secret is not None
+    mechanism, wrapped = (int(CKM.AES_KEY_WRAP_PAD), None), seal(secret, b"k" * 32, b"wrap")
+    return lambda session, name: session.unwrap(
+        mechanism, history.things[0].uid, wrapped, [*_SECRET, *name], assign_id=True
+    )
+
+
+def derived(history: History) -> Make:
+    client = history.client(0)
+    assert client is not None
+    base: Template = [(int(CKA.DERIVE), pack_bool(True)), (int(CKA.VALUE_LEN), pack_ulong(32))]
+    made(history, lambda session, name: session.generate(_AES, [*_SECRET, *name, *base], assign_id=True))
+    uid, mechanism = history.things[-1].uid, (CKM_AES_ECB_ENCRYPT_DATA, b"x" * 16)
+    return lambda session, name: session.derive(mechanism, uid, [*_SECRET, *name, base[1]], assign_id=True)
+
+
+_AES = (int(CKM.AES_KEY_GEN), None)
+_SECRET: Template = [
+    (int(CKA.CLASS), pack_ulong(CKO.SECRET_KEY)),
+    (int(CKA.KEY_TYPE), pack_ulong(CKK.AES)),
+    (int(CKA.TOKEN), pack_bool(True)),
+]
+FROM_ANOTHER: dict[str, Callable[[History], Make]] = {"copy": copied, "unwrap": unwrapped, "derive": derived}
+
+
+def play(change: str, arm: Arm, then: Arm | None = None) -> bool:
+    """One history. False: the trap was not sprung.
+
+    :param then: sets another trap for whoever comes next. False: that one was not.
+    """
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         simulation = Simulation(Path(folder), 3)
         with simulation.running():
             history = History(simulation, [None, None])
             for step in [KEY, PAIR, *BEFORE.get(change, [])]:
                 history.run(step)
+            make = FROM_ANOTHER[change](history) if change in FROM_ANOTHER else None
             client = history.client(0)
             assert client is not None
             sprung = arm(simulation, client)
             for step in CHANGES[change]:
                 history.run(step)
-            if change == "copy":
-                copy(history)
+            if make is not None:
+                made(history, make)
             found = sprung()
+            if found and then is not None:
+                sprung = then(simulation, client)
+                for step in [TICK, LATER, TICK, TICK]:
+                    history.run(step)
+                found = sprung()
+                simulation.kill_next_in = None
             client.kill_in = client.journal_lost_in = None
             simulation.faults.clear()
             history.finish()
             return found
+
+
+def killed(number: int) -> Arm:
+    """After so many interactions."""
+
+    def arm(_: Simulation, client: Client) -> Callable[[], bool]:
+        client.kill_in = 2 * number
+        return lambda: client.dead
+
+    return arm
 
 
 def all_of(change: str, trap: Callable[[int], Arm]) -> int:
@@ -98,14 +157,9 @@ def all_of(change: str, trap: Callable[[int], Arm]) -> int:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_killed(change: str) -> None:
-    def trap(number: int) -> Arm:
-        def arm(_: Simulation, client: Client) -> Callable[[], bool]:
-            client.kill_in = number
-            return lambda: client.dead
+    """After each interaction, and before the first one. (Before one is after the one before it: nothing else runs.)"""
 
-        return arm
-
-    count = all_of(change, trap)
+    count = all_of(change, killed)
     print(f"{change}: killed at each of {count} interactions")
     assert count > 10
 
@@ -140,3 +194,46 @@ def test_a_member_fails(change: str) -> None:
         total += all_of(change, trap)
     print(f"{change}: {total} failures of a member, {len(FATES)} kinds")
     assert total >= len(FATES)
+
+
+@pytest.mark.parametrize("change", CHANGES if os.environ.get("HAGROUP_CRASH_ALL") else ["generate", "set", "destroy"])
+def test_killed_and_the_next_one_too(change: str) -> None:
+    """Who comes after the one that was killed is killed while it puts things right, at each of its interactions."""
+
+    def next_killed(number: int) -> Arm:
+        def arm(simulation: Simulation, _: Client) -> Callable[[], bool]:
+            simulation.kill_next_in = 2 * number
+            return lambda: sum(one.dead and one.kill_in == -1 for one in simulation.owners.values()) == 2
+
+        return arm
+
+    _two(change, killed, next_killed, "the next one")
+
+
+@pytest.mark.parametrize("change", CHANGES if os.environ.get("HAGROUP_CRASH_ALL") else ["generate", "set", "destroy"])
+def test_a_member_executes_late_and_the_client_is_killed(change: str) -> None:
+    def late(number: int) -> Arm:
+        def arm(simulation: Simulation, _: Client) -> Callable[[], bool]:
+            simulation.faults["hsm2"] = waiting = [(number, Fate.LATE, True)]
+            return lambda: not waiting
+
+        return arm
+
+    _two(change, late, killed, "the client")
+
+
+def _two(change: str, first: Callable[[int], Arm], second: Callable[[int], Arm], what: str) -> None:
+    """The second one at each of its places, for each place of the first one (without HAGROUP_CRASH_ALL: each tenth)."""
+    total, place = 0, 0
+    while play(change, first(place)):
+        for number in itertools.count():
+            try:
+                if not play(change, first(place), second(number)):
+                    break
+            except Exception as error:
+                error.add_note(f"{change}, first at {place}, then at {number}")
+                raise
+            total += 1
+        place += 1 if os.environ.get("HAGROUP_CRASH_ALL") else 10
+    print(f"{change}: {total} pairs of faults, the second one: {what} is killed")
+    assert total

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,31 +101,35 @@ def use(history: History) -> None:
         raise Broken("a program can make and destroy no key")
 
 
-def judge(group: Administered, history: History, operation: Operation) -> None:
-    """All of it is done, for everybody."""
+def judge(group: Administered, history: History, operation: Operation, *, late: bool) -> None:
+    """All of it is done, for everybody.
+
+    :param late: members may still execute what they were given up for.
+    """
     if operation.after is not None:
         done = group.admin(*operation.after(group))
         assert done.status == 0, done
     if not operation.grouped:
         group.journal = SqliteJournal.open(group.path, clock=group.clock)
+    if late:
+        use(history)
+        history.heal()  # what a member may still execute it executes now
+        group.admin("sync")
     use(history)
-    history.heal()  # what a member may still execute it executes now
-    group.admin("sync")
-    for step in (("time", 2, 0, 0), TICK, TICK):
-        history.run(step)
     away = {one.name: one.reason for one in group.journal.members() if one.membership is not Membership.ADMITTED}
     if away:
         raise Broken(f"not admitted: {away}")
     group.check_domain(at_rest=False)
-    history.finish()
-    assert group.admin("sync").status == 0
-    group.check_domain(at_rest=True)
+    history.finish(late=late)
+    if late:
+        assert group.admin("sync").status == 0
+    group.check_domain(at_rest=late)
 
 
-def play(name: str, arm: Arm, sprung: Callable[[Command, Done], bool], *, records: int = 1) -> bool:
+def play(name: str, arm: Arm, sprung: Callable[[Command, Done], bool], *, late: bool = False, records: int = 1) -> bool:
     """One command in trouble, and once more. False: the trap was not sprung.
 
-    :param records: see :class:`History`.
+    :param late: see :func:`judge`. :param records: see :class:`History`.
     """
     operation = OPERATIONS[name]
     with ready(operation) as (group, history):
@@ -138,15 +143,15 @@ def play(name: str, arm: Arm, sprung: Callable[[Command, Done], bool], *, record
             complete(group, operation)
         else:
             assert done.status == 0, done
-        judge(group, history, operation)
+        judge(group, history, operation, late=late)
         return found
 
 
-def all_of(name: str, trap: Callable[[int], Arm], sprung: Callable[[Command, Done], bool], *, records: int = 1) -> int:
+def all_of(name: str, trap: Callable[[int], Arm], sprung: Callable[[Command, Done], bool], **more: Any) -> int:
     """How many there are."""
     for number in itertools.count():
         try:
-            if not play(name, trap(number), sprung, records=records):
+            if not play(name, trap(number), sprung, **more):
                 return number
         except BaseException as error:
             error.add_note(f"{name}, at interaction {number}")
@@ -190,7 +195,9 @@ def test_a_member_fails(name: str, member: str) -> None:
 
         records = 2 if (name, fate) == ("domain rotate", Fate.LATE) else 1
         try:
-            total += all_of(name, trap, lambda command, _: not command.simulation.faults[member], records=records)
+            total += all_of(
+                name, trap, lambda command, _: not command.simulation.faults[member], late=True, records=records
+            )
         except BaseException as error:
             error.add_note(fate)
             raise

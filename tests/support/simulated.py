@@ -43,7 +43,7 @@ from hagroup.members.lock import WorkerLock
 T = TypeVar("T")
 
 CKU_SO, CKU_USER = 0, 1
-CKM_EC_KEY_PAIR_GEN, CKM_ECDSA, CKM_AES_CMAC = 0x1040, 0x1041, 0x108A
+CKM_EC_KEY_PAIR_GEN, CKM_ECDSA, CKM_AES_CMAC, CKM_AES_ECB_ENCRYPT_DATA = 0x1040, 0x1041, 0x108A, 0x1104
 MECHANISMS = {
     int(number): MechanismInfo(0, 4096, 0xFFFFF)
     for number in (
@@ -57,6 +57,7 @@ MECHANISMS = {
         CKM_EC_KEY_PAIR_GEN,
         CKM_ECDSA,
         CKM_AES_CMAC,
+        CKM_AES_ECB_ENCRYPT_DATA,
     )
 }
 _FALSE = frozenset({CKA.DERIVE, CKA.LOCAL, CKA.TRUSTED, CKA.WRAP_WITH_TRUSTED, CKA.ALWAYS_AUTHENTICATE, CKA.TOKEN})
@@ -637,7 +638,15 @@ class SimConnection:
     def derive(
         self, mech: Mechanism, base_key: Handle, template: Template, *, sid: SessionId = 0, timeout: float
     ) -> Handle:
-        raise Ckr(CKR.FUNCTION_NOT_SUPPORTED, "C_DeriveKey")
+        def action() -> Handle:
+            base, attributes = self._key(base_key, CKA.DERIVE), _packed(template)
+            if base.secret is None or mech[0] != CKM_AES_ECB_ENCRYPT_DATA:
+                raise Ckr(CKR.MECHANISM_INVALID, "C_DeriveKey")
+            length = unpack_ulong(attributes.get(CKA.VALUE_LEN, pack_ulong(32)))
+            secret = _stream(base.secret, repr(mech[1]).encode(), length)
+            return self._handle(self._new(attributes, secret, sid))
+
+        return self._do("C_DeriveKey", action, changes=_token(template))
 
     def encapsulate(
         self, mech: Mechanism, public_key: Handle, template: Template, *, sid: SessionId = 0, timeout: float

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import typer.main
 
 from hagroup import bootstrap
 from hagroup.admin import cli, commands, options
@@ -28,6 +29,7 @@ from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.token_contents import MEMBER_KEY_LABEL
 from hagroup.journal import Journal, SqliteJournal, create_journal
+from tests.support.commands import made_once
 from tests.support.history import Broken
 from tests.support.simulated import SimMember
 from tests.support.simulation import LATE_WINDOW, PIN, AtOnce, Killed, Patch, Process, Simulation
@@ -99,6 +101,7 @@ class Administered(Simulation):
             (setup, "create_journal", self._around("create_journal", create_journal)),
             (setup, "ThreadPoolExecutor", lambda max_workers: AtOnce()),
             (write, "_replace", self._around("hagroup.toml", write._replace)),
+            (typer.main, "get_command", made_once),
             (logging, "prepare", lambda *_, **__: None),
         ]
 

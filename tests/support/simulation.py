@@ -304,6 +304,8 @@ class Simulation:
         self.seed = seed
         self.depth = 0
         self.owners: dict[str, Process] = {}
+        self.kill_next_in: int | None = None
+        """Like ``kill_in``, of the next client that starts."""
         self.without_journal = ""
         """The owner of connections that are made without one."""
         self.faults: dict[str, list[tuple[int, Fate, bool]]] = {}
@@ -481,6 +483,7 @@ class Simulation:
 
     def client(self, name: str) -> Client:
         made = Client(self, name)
+        made.kill_in, self.kill_next_in = self.kill_next_in, None
         try:
             made.start()
         except BaseException:
