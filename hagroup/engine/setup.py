@@ -29,6 +29,7 @@ from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
 from hagroup.engine.joining import generate_domain, join_domain
 from hagroup.engine.login import CKU_SO, CKU_USER, PIN_ERRORS
 from hagroup.engine.member import Life
+from hagroup.engine.one_step import one_step
 from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.shares import random_secrets
 from hagroup.engine.token_contents import inventory
@@ -116,6 +117,7 @@ def create_domain(
     *,
     sealed: bool,
     hand_out: Callable[[tuple[bytes, bytes]], None] | None,
+    take_back: Callable[[], None] = lambda: None,
 ) -> None:
     """Make the domain's keys on every member of a group that is still to be created.
 
@@ -123,6 +125,7 @@ def create_domain(
     :param so_pin: SO PIN of the first member.
     :param hand_out: gives shares of both secrets to people before anything is made; None: there are no shares, and the
         keys are never outside of a member.
+    :param take_back: what was handed out, where the keys could not be made.
     :raises ConfigurationError: a member cannot take part, holds keys already, or its security officer does not agree;
         nothing was changed.
     """
@@ -139,11 +142,26 @@ def create_domain(
             raise ConfigurationError(f"keys of a domain are there already, on {names}; nothing was changed")
         _officer_agrees(config, lives, held, so_pin, timeout=timeout)
         _clear(lives, left, timeout=timeout)
-        secret = None
-        if hand_out is not None:
-            secret = random_secrets(lives[config.members[0].name].connection, timeout=timeout)
-            hand_out(secret)
-        generate_domain(_sides(config, lives), sealed=sealed, timeout=timeout, secrets=secret)
+        secret, made = None, False
+        try:
+            if hand_out is not None:
+                secret = random_secrets(lives[config.members[0].name].connection, timeout=timeout)
+                hand_out(secret)
+            with one_step():
+                generate_domain(_sides(config, lives), sealed=sealed, timeout=timeout, secrets=secret)
+                made = True
+        except BaseException:
+            if not made and not _came_to_be(config, lives, timeout=timeout):
+                take_back()
+            raise
+
+
+def _came_to_be(config: GroupConfig, lives: Mapping[str, Life], *, timeout: float) -> bool:
+    """Whether members have keys of a domain now, or may have."""
+    try:
+        return bool(_held(config, lives, timeout=timeout)[0])
+    except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST):
+        return True
 
 
 @contextmanager
