@@ -148,6 +148,8 @@ def create_domain(
                 secret = random_secrets(lives[config.members[0].name].connection, timeout=timeout)
                 hand_out(secret)
             with one_step():
+                if sealed:
+                    _drop_pairs(lives, timeout=timeout)
                 generate_domain(_sides(config, lives), sealed=sealed, timeout=timeout, secrets=secret)
                 made = True
         except BaseException:
@@ -305,6 +307,13 @@ def _clear(lives: Mapping[str, Life], left: Mapping[str, set[bytes]], *, timeout
         unfinished.clear(lives[name].connection, gone, timeout=timeout)
 
 
+def _drop_pairs(lives: Mapping[str, Life], *, timeout: float) -> None:
+    """Transport keys that an earlier attempt left. What they unwrap could leave a member again: for a sealed domain
+    each gets new ones."""
+    for life in lives.values():
+        drop(life.connection, transport.own(life.connection, timeout=timeout), timeout=timeout)
+
+
 def _take_back(lives: Mapping[str, Life], made: Mapping[str, DomainKeys], *, timeout: float) -> None:
     """Nothing of a group that could not be made stays on members that held nothing before. Where one of them does not
     answer all keep what they have: the same command completes it, and could not if the keys were on one member only.
@@ -333,6 +342,8 @@ def _domain(
     """The same two keys on every member: those that members hold already, or new ones, which go into ``made``."""
     members = _sides(config, lives)
     if not held:
+        if sealed:
+            _drop_pairs(lives, timeout=timeout)
         keys = generate_domain(members, sealed=sealed, timeout=timeout)
         made.update({member.name: one for member, one in zip(members, keys, strict=True)})
         return

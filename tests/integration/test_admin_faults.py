@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import sqlite3
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from hagroup.journal import SqliteJournal
 from tests.support import plain
 from tests.support.admin_commands import ALL, ASKING, CHANGING, FOUNDING, READING, make_site, toml_of, words_of
 from tests.support.commands import run_here
-from tests.support.groups import GroupFixture, copy_group
+from tests.support.groups import PIN, ROOT, GroupFixture, copy_group
+from tests.support.interactions import FROZEN
 from tests.support.newcomers import private
+from tests.support.terminal import Terminal
 
 FINE, DEGRADED, USAGE, UNREACHABLE = 0, 1, 2, 3
 JOIN = "group join --yes"
+MOVE = "journal move sqlite:journal.db sqlite:moved.db --yes"
 Ran = tuple[int, str, str]
 
 ALONE = (
@@ -215,7 +219,7 @@ def test_folder_that_cannot_be_written(group: Matrix, monkeypatch: pytest.Monkey
     with monkeypatch.context() as here:
         here.setattr(os, "open", read_only)
         host.mkdir(mode=0o700)
-        for line in (*FOUNDING, "member add hsm4 --yes", "journal move sqlite:journal.db sqlite:moved.db --yes"):
+        for line in (*FOUNDING, "member add hsm4 --yes", MOVE):
             if line != "domain create --yes":  # writes no file
                 assert "Read-only" in group.refused(line, USAGE), line
     assert not any(host.iterdir())
@@ -225,7 +229,7 @@ def test_folder_that_cannot_be_written(group: Matrix, monkeypatch: pytest.Monkey
         assert plain.objects(member, own=True) == []
     assert group.run("verify")[0] == FINE
     cancel = ["--cancel"]
-    assert group.run("journal move sqlite:journal.db sqlite:moved.db --yes", cancel)[0] == FINE
+    assert group.run(MOVE, cancel)[0] == FINE
     assert group.run("journal note")[0] == FINE, "and the journal takes changes"
 
 
@@ -273,7 +277,7 @@ def test_one_member_down(changed: Matrix) -> None:
         "member activate hsm2",
         "member resume hsm2",
         "journal note",
-        "journal move sqlite:journal.db sqlite:moved.db --yes",
+        MOVE,
         "backup create",
         "backup restore --yes",
         "sync --adopt",
@@ -294,7 +298,7 @@ def test_one_member_down(changed: Matrix) -> None:
         elif line == "member remove hsm3 --yes":
             wanted = (FINE,)
         assert status in wanted, f"{line}: {status}: {out}{err}"
-        if line.startswith("journal move"):
+        if line == MOVE:
             toml = changed.group.toml
             toml.write_text(toml.read_text().replace("sqlite:journal.db", "sqlite:moved.db"))
     changed.group.bring_back("hsm2")
@@ -318,8 +322,7 @@ def test_all_members_down(changed: Matrix) -> None:
         rack.take_away(name)
     journal_alone = ("journal note", "member resume hsm2", "member standby hsm2", "member backup hsm2")
     journal_alone += ("member activate hsm2",)
-    move = "journal move sqlite:journal.db sqlite:moved.db --yes"
-    for line in [one for one in (*ASKING, *CHANGING, "status", *FOUNDING) if one != move]:
+    for line in [one for one in (*ASKING, *CHANGING, "status", *FOUNDING) if one != MOVE]:
         status, out, err = changed.run(line)
         wanted: tuple[int, ...] = (UNREACHABLE,)
         if line in journal_alone:
@@ -339,7 +342,7 @@ def test_all_members_down(changed: Matrix) -> None:
     assert changed.run("sync")[0] == FINE
     for name in changed.group.members:
         changed.group.take_away(name)
-    assert changed.run(move)[0] == FINE, "no member is asked"
+    assert changed.run(MOVE)[0] == FINE, "no member is asked"
     for name in changed.group.members:
         changed.group.bring_back(name)
     toml = changed.group.toml
@@ -359,3 +362,33 @@ def test_a_newcomer_that_is_down(group: Matrix) -> None:
     assert group.group.toml.read_text() == text
     assert not toml_of(group.group, JOIN).exists()
     assert group.run("sync")[0] == FINE
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ("domain rotate --yes", "journal rewrap"),
+        ("domain rotate --yes", "member wrap"),
+        ("member add hsm4 --yes", "member unwrap"),
+        (MOVE, "file link"),
+    ],
+)
+def test_ctrl_c_at_a_terminal(changed: Matrix, line: str, place: str) -> None:
+    """A program of its own, frozen at a known place; Ctrl-C goes to its workers as well. (Every command at several
+    places: ``test_admin_ctrl_c``.)"""
+    toml = toml_of(changed.group, line)
+    program = [sys.executable, "-m", "tests.support.interactions", str(changed.group.folder), place]
+    terminal = Terminal([*program, "--config", toml, *words_of(changed.group, line)], cwd=ROOT)
+    terminal.expect(FROZEN)
+    terminal.send("\x03")
+    assert terminal.end() == 130, terminal.text
+    assert "ha-admin: stopped; run the same command again to complete it" in terminal.text
+    assert "Traceback" not in terminal.text
+    status, out, err = changed.run(line)
+    assert status == FINE or 'the group has a member "hsm4" already' in err, out + err  # it was over nearly at once
+    if line == MOVE:
+        toml.write_text(toml.read_text().replace("sqlite:journal.db", "sqlite:moved.db"))
+        assert changed.run("sync")[0] == FINE
+    status, out, err = changed.run("verify")
+    assert status == FINE, out + err
+    assert PIN not in terminal.text.split()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -204,11 +205,15 @@ def _prepare() -> None:
     from hagroup.admin import cli, options
     from hagroup.config import logging
     from hagroup.errors import ConfigurationError
+    from hagroup.journal import etcd_client
 
+    assert etcd_client
     logging.prepare()
     with contextlib.suppress(ConfigurationError):
         cli.app(["--config", "/dev/null/none.toml", "status"], standalone_mode=False)
     options._chosen.clear()
+    gc.collect()
+    gc.freeze()  # else a collection in a child copies all of it
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """What a command does with the journal, the members and files, one after the other; and Ctrl-C at a place among these.
 
 Counted is what its main thread does: that is where Ctrl-C arrives, and what comes in the same order each time.
+
+As a program (FOLDER INTERACTION ARGUMENT...) it is ha-admin, and says FROZEN before the first interaction of that name,
+where it waits for a signal.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -17,6 +21,7 @@ from typing import Any
 import msgspec
 
 BEFORE, AFTER = "before", "after"
+FROZEN = "frozen"
 
 _LEASES = ("acquire_lease", "renew_lease", "release_lease", "_register", "close")
 """Changes of the journal that change nothing of the group."""
@@ -36,10 +41,12 @@ class Interaction(msgspec.Struct, frozen=True):
 class Interactions:
     """Watches this program from now on."""
 
-    def __init__(self, folder: str, at: int = 0, when: str = BEFORE, stop: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, folder: str, at: int | str = 0, when: str = BEFORE, stop: Callable[[], None] | None = None
+    ) -> None:
         """
         :param folder: files in it are watched.
-        :param at: number of the interaction, counted from 1, at which ``stop`` is called; 0: none.
+        :param at: name of the interaction, or its number, counted from 1, at which ``stop`` is called; 0: none.
         :param when: before that interaction, or when it is over and its result was not seen yet.
         :param stop: in place of Ctrl-C.
         """
@@ -57,11 +64,11 @@ class Interactions:
             yield
             return
         self.seen.append(Interaction(name, changes))
-        number = len(self.seen)
-        if (number, self._when) == (self._at, BEFORE):
+        here = self._at in (len(self.seen), name)
+        if here and self._when == BEFORE:
             self._end(name)
         yield
-        if (number, self._when) == (self._at, AFTER) and not self.stopped_at:
+        if here and not self.stopped_at:
             self._end(name)
 
     def _end(self, name: str) -> None:
@@ -139,3 +146,21 @@ def _on_the_token(arguments: list[Any]) -> bool:
 
 def _ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)
+
+
+def _freeze() -> None:
+    """Until a signal came, whichever thread the system gave it to."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    print(FROZEN, flush=True)
+    select.select([reading], [], [])
+    signal.set_wakeup_fd(-1)
+
+
+if __name__ == "__main__":
+    from hagroup.admin import cli
+
+    Interactions(sys.argv[1], sys.argv[2], stop=_freeze)
+    sys.argv = ["ha-admin", *sys.argv[3:]]
+    cli.main()
