@@ -1,7 +1,7 @@
 """Ctrl-C in the middle of every command of ha-admin: the same command again completes it (issue 4).
 
 Each is run on a copy of a group, and asked to tell its interactions with the journal, the members and files. Then it
-gets SIGINT, a process of its own as it is, at some of these: ``HAGROUP_CTRL_C_ALL=1`` at all of them (an hour).
+gets SIGINT, a process of its own as it is, at some of these: ``HAGROUP_CTRL_C_ALL=1`` at all of them (hours).
 """
 
 from __future__ import annotations
