@@ -26,7 +26,7 @@ from hagroup.core.records import GroupRecord, MemberRecord, Membership
 from hagroup.engine import configuration, ghosts, manifest, transport, unfinished
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
-from hagroup.engine.joining import generate_domain, join_domain
+from hagroup.engine.joining import drop, generate_domain, join_domain
 from hagroup.engine.login import CKU_SO, CKU_USER, PIN_ERRORS
 from hagroup.engine.member import Life
 from hagroup.engine.one_step import one_step
