@@ -102,6 +102,10 @@ def delete_group(path: Path, *, pin: PinOptions, confirm: Callable[[str, str], b
             f"{path}: [journal] url {config.journal.url}: only a group with a journal on this host"
         )
     label, journal_file = config.group.label, config.journal.url.path
+    kept = journal_file.with_name(f"{journal_file.name}.deleted-{config.group.serial}")
+    if config.group.serial is not None and kept.exists() and not journal_file.exists():
+        write.drop_group_serial(path)  # the last step: an earlier attempt was stopped before it
+        return f"group {label} ({config.group.serial}) is deleted; its journal is kept as {kept}"
     with opened_journal(config) as journal:
         given = stamped_pins(config, pin)
         question = f"This deletes group {label} and its keys on every member, for ever. Type its label to go on"
@@ -113,9 +117,8 @@ def delete_group(path: Path, *, pin: PinOptions, confirm: Callable[[str, str], b
         if remains:
             raise GroupUnavailable(f"not every member could be wiped ({remains}): run the same command again")
         journal.event("group deleted", f"nothing of it is left on {', '.join(left)}")
-    kept = journal_file.with_name(f"{journal_file.name}.deleted-{config.group.serial}")
-    journal_file.rename(kept)
     Path(f"{journal_file}.view").unlink(missing_ok=True)
+    journal_file.rename(kept)
     write.drop_group_serial(path)
     strangers = sum(one.strangers for one in left.values())
     also = f"; {strangers} objects that were not the group's are left on its members" if strangers else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,7 @@ from hagroup.engine import domain_joining, domain_rotation, domain_show, members
 from hagroup.engine import setup as group_setup
 from hagroup.engine.challenge import DomainMember
 from hagroup.engine.group import GroupEngine
+from hagroup.engine.one_step import one_step
 from hagroup.engine.setup import officer_of
 from hagroup.errors import ConfigurationError
 
@@ -101,12 +103,21 @@ def domain_create(
     names = ", ".join(member.name for member in config.members)
     _agreed(yes, f"Make the keys of a new domain on {names}?")
 
+    handed: list[Path] = []
+
     def hand_out(secrets: tuple[bytes, bytes]) -> None:
         if scheme is not None:
-            share_words.hand_out(config.group.label, secrets, scheme, shares_folder)
+            share_words.hand_out(config.group.label, secrets, scheme, shares_folder, handed)
 
     given = hand_out if scheme is not None else None
-    group_setup.create_domain(config, user_pins, so_pin, sealed=sealed, hand_out=given)
+    group_setup.create_domain(
+        config,
+        user_pins,
+        so_pin,
+        sealed=sealed,
+        hand_out=given,
+        take_back=lambda: share_words.take_back(handed),
+    )
     say(f"domain made on {names}; now `ha-admin group create`")
 
 
@@ -144,7 +155,8 @@ def domain_join(
             else:
                 speaker = membership.sponsor(group)[0].name
                 so_pin = pins.read(f"SO PIN of member {speaker}", file=so_pin_file, variable=so_pin_env)
-            domain_joining.give(group, mine, life, so_pin=so_pin, secrets=secrets)
+            with one_step():
+                domain_joining.give(group, mine, life, so_pin=so_pin, secrets=secrets)
         listed = name in group.view.members
     say(
         f"member {name} has both keys; "
@@ -192,7 +204,12 @@ def domain_shares(
         finally:
             officer.connection.close()
         group.journal.event("domain shares made", f"{scheme.needed} of {scheme.of}")
-        share_words.hand_out(group.label, secrets, scheme, shares_folder)
+        handed: list[Path] = []
+        try:
+            share_words.hand_out(group.label, secrets, scheme, shares_folder, handed)
+        except BaseException:
+            share_words.take_back(handed)  # too few to be of use: the same command makes new ones
+            raise
     say(f"{scheme.of} shares of each key are made; any {scheme.needed} suffice")
 
 
@@ -213,20 +230,36 @@ def domain_rotate(
     A member's user and security officer are needed to begin. Members that are away take the new keys when they return.
     Backups and shares made before open nothing any more: make new ones.
     """
-    scheme = _scheme(how, shares_folder)
-    with opened((pin_file, pin_env)) as group, membership.alone(group.journal):
+    scheme = None if how is None else shares.scheme(how)
+    with opened((pin_file, pin_env)) as group, membership.alone(group.journal), contextlib.ExitStack() as until_done:
         group.follow()
         so_pin, secrets = None, None
-        if not domain_rotation.unfinished(group):
+        if not domain_rotation.unfinished(group):  # else the shares of its keys were given out before it began
+            if scheme is not None:
+                share_words.expect_a_place(shares_folder)
             speaker, life, _ = membership.sponsor(group)
             so_pin = pins.read(f"SO PIN of member {speaker.name}", file=so_pin_file, variable=so_pin_env)
             _agreed(yes, f"Change both keys of group {group.label}? (backups and shares made before open no more)")
             if scheme is not None:
+                handed = until_done.enter_context(_of_keys_to_be(group))
                 secrets = shares.random_secrets(life.connection, timeout=group.config.timeouts.generate)
-                share_words.hand_out(group.label, secrets, scheme, shares_folder)
+                share_words.hand_out(group.label, secrets, scheme, shares_folder, handed)
         with Progress() as told:
             done = domain_rotation.rotate(group, so_pin, sealed=sealed, secrets=secrets, told=told)
     _tell(done, group, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _of_keys_to_be(group: GroupEngine) -> Iterator[list[Path]]:
+    """Files of shares, taken back where the keys did not come to be the group's: the same command makes new ones."""
+    handed: list[Path] = []
+    before = group.journal.group().domain_key_id
+    try:
+        yield handed
+    except BaseException:
+        if group.journal.group().domain_key_id == before:
+            share_words.take_back(handed)
+        raise
 
 
 def _tell(done: domain_rotation.Rotated, group: GroupEngine, *, as_json: bool) -> None:

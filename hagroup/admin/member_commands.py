@@ -38,6 +38,7 @@ from hagroup.core.records import Role
 from hagroup.engine import leaving, membership
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.login import APPLICATION
+from hagroup.engine.one_step import one_step
 from hagroup.errors import ConfigurationError
 
 member_app = typer.Typer(help="Members: show, add, take out of service and back, remove.", no_args_is_help=True)
@@ -254,7 +255,7 @@ def _add(
         if newcomer.keys is None:
             speaker = membership.sponsor(group)[0].name
             so_pin = pins.read(f"SO PIN of member {speaker}", file=so_options[0], variable=so_options[1])
-        with membership.alone(group.journal):
+        with membership.alone(group.journal), one_step():
             membership.join(group, newcomer, so_pin)
     finally:
         life.connection.close()

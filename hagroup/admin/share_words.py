@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hagroup.engine import shares
+from hagroup.engine.one_step import one_step
 from hagroup.engine.shares import SECRETS, Scheme
 from hagroup.errors import ConfigurationError
 
@@ -28,15 +29,24 @@ def expect_a_place(folder: Path | None) -> None:
         raise ConfigurationError(f"{folder} holds shares already; nothing is overwritten, and nothing was changed")
 
 
-def hand_out(label: str, secrets: Sequence[bytes], how: Scheme, folder: Path | None) -> None:
-    """Split each secret, and give the shares away one after the other."""
+def hand_out(label: str, secrets: Sequence[bytes], how: Scheme, folder: Path | None, written: list[Path]) -> None:
+    """Split each secret, and give the shares away one after the other.
+
+    :param written: gets the files that are made.
+    """
     for what, secret in zip(SECRETS, secrets, strict=True):
         for number, words in enumerate(shares.split(secret, how), 1):
             title = f"group {label}, {what}, share {number} of {how.of} ({how.needed} are needed)"
             if folder is None:
                 _show(title, words)
             else:
-                _write(folder, _name(what, number), f"{title}\n{words}\n")
+                _write(folder, _name(what, number), f"{title}\n{words}\n", written)
+
+
+def take_back(written: Sequence[Path]) -> None:
+    """Files of :func:`hand_out`, of shares that nobody can use."""
+    for file in written:
+        file.unlink(missing_ok=True)
 
 
 def _name(what: str, number: int) -> str:
@@ -52,9 +62,12 @@ def _show(title: str, words: str) -> None:
     print(_CLEAR, end="", flush=True)
 
 
-def _write(folder: Path, name: str, text: str) -> None:
+def _write(folder: Path, name: str, text: str, written: list[Path]) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+    with one_step():
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        written.append(folder / name)
+    with open(descriptor, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

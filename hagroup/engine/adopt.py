@@ -21,6 +21,7 @@ from hagroup.engine.domain import seal, seal_private_data
 from hagroup.engine.domain_keys import scratch_session
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.member import Life, Member
+from hagroup.engine.one_step import one_step
 from hagroup.engine.opening import CONNECTION_LOST
 from hagroup.engine.proof import fingerprint
 from hagroup.engine.token_contents import InventoryEntry
@@ -78,7 +79,8 @@ def _take_over(group: GroupEngine, member: Member, life: Life, entry: InventoryE
     already = _already(group, life, entry)
     if already is None:
         record = _draft(group, member, life, entry)
-        group.replication.replicate([record])
+        with one_step():  # half made it would be tombstoned, and so be refused by the same call again
+            group.replication.replicate([record])
         already = record.uid
     try:
         life.connection.destroy(entry.handle, timeout=timeout)

@@ -23,6 +23,7 @@ from hagroup.engine.domain import open_data, reseal, seal_data
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.member import Life
 from hagroup.engine.membership import sponsor
+from hagroup.engine.one_step import one_step
 from hagroup.engine.token_contents import InventoryEntry
 from hagroup.engine.verify import strangers
 from hagroup.errors import ConfigurationError, DomainMismatch, HAError
@@ -185,7 +186,8 @@ class _Restore:
         outcome, text = self._decide(record)
         if not self._dry_run and outcome in ("restored", "resurrected"):
             try:
-                made = self._make(record, anew=outcome == "resurrected")
+                with one_step():  # half made it would be tombstoned, and the same call again leaves that out
+                    made = self._make(record, anew=outcome == "resurrected")
                 self.made += 1
                 self.labels |= dict.fromkeys((made.uid, record.uid), label_of(record))
             except (HAError, Ckr) as error:

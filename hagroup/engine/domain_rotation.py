@@ -29,6 +29,7 @@ from hagroup.engine.envelope import generation
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.joining import draft, drop, hand_out, new_ids, wrap_to
 from hagroup.engine.member import Life, Member
+from hagroup.engine.one_step import one_step
 from hagroup.engine.setup import officer_of
 from hagroup.errors import ConfigurationError, GroupUnavailable
 
@@ -83,7 +84,8 @@ def rotate(
     if not resumed:
         if so_pin is None:
             raise ConfigurationError(f"the SO PIN is needed{membership.NOT_CHANGED}")
-        _begin(group, so_pin, sealed=sealed, secrets=secrets)
+        with one_step():
+            _begin(group, so_pin, sealed=sealed, secrets=secrets)
     rotation = group.view.group.rotation
     assert rotation is not None
     envelopes = 0

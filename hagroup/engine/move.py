@@ -138,27 +138,40 @@ def _copy(
 ) -> None:
     group, members, contents = everything(old, epoch)
     expected = digest_of(group, members, contents)
-    if not (isinstance(target.url, SqliteUrl) and target.url.path.exists()):  # a file is there whole or not at all
-        create_journal(
-            target,
-            label=group.label,
-            serial=group.serial,
-            members=members,
-            domain_key_id=group.domain_key_id,
-            partition_key_id=group.partition_key_id,
-            reference=group.reference,
-            contents=contents,
-            command=command,
-            clock=clock,
-        )
+    if not _whole(target):
+        try:
+            create_journal(
+                target,
+                label=group.label,
+                serial=group.serial,
+                members=members,
+                domain_key_id=group.domain_key_id,
+                partition_key_id=group.partition_key_id,
+                reference=group.reference,
+                contents=contents,
+                command=command,
+                clock=clock,
+            )
+        except JournalUnavailable:
+            if not _whole(target):
+                raise
+            # another ha-admin with the same command was quicker: what it made is compared like one's own
     del contents  # one of both journals in memory is enough
     new = open_for_moving(target, clock=clock)
     try:
         why = difference(expected, digest(new))
     finally:
         new.close()
-    if why is not None:
+    moving = old.sealed()
+    if (
+        why is not None and moving is not None and moving.why is Why.MOVING
+    ):  # else another ha-admin brought it to its end
         raise JournalUnavailable(
             f"the journal {target.url} does not hold what the old one holds ({why}): changes are still refused; run "
             f"`{command}` with --cancel, then without"
         )
+
+
+def _whole(target: JournalSection) -> bool:
+    """Whether it was made by an earlier attempt: a file is there whole or not at all."""
+    return isinstance(target.url, SqliteUrl) and target.url.path.exists()

@@ -26,9 +26,10 @@ from hagroup.core.records import GroupRecord, MemberRecord, Membership
 from hagroup.engine import configuration, ghosts, manifest, transport, unfinished
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
-from hagroup.engine.joining import generate_domain, join_domain
+from hagroup.engine.joining import drop, generate_domain, join_domain
 from hagroup.engine.login import CKU_SO, CKU_USER, PIN_ERRORS
 from hagroup.engine.member import Life
+from hagroup.engine.one_step import one_step
 from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.shares import random_secrets
 from hagroup.engine.token_contents import inventory
@@ -116,6 +117,7 @@ def create_domain(
     *,
     sealed: bool,
     hand_out: Callable[[tuple[bytes, bytes]], None] | None,
+    take_back: Callable[[], None] = lambda: None,
 ) -> None:
     """Make the domain's keys on every member of a group that is still to be created.
 
@@ -123,6 +125,7 @@ def create_domain(
     :param so_pin: SO PIN of the first member.
     :param hand_out: gives shares of both secrets to people before anything is made; None: there are no shares, and the
         keys are never outside of a member.
+    :param take_back: what was handed out, where the keys could not be made.
     :raises ConfigurationError: a member cannot take part, holds keys already, or its security officer does not agree;
         nothing was changed.
     """
@@ -139,11 +142,28 @@ def create_domain(
             raise ConfigurationError(f"keys of a domain are there already, on {names}; nothing was changed")
         _officer_agrees(config, lives, held, so_pin, timeout=timeout)
         _clear(lives, left, timeout=timeout)
-        secret = None
-        if hand_out is not None:
-            secret = random_secrets(lives[config.members[0].name].connection, timeout=timeout)
-            hand_out(secret)
-        generate_domain(_sides(config, lives), sealed=sealed, timeout=timeout, secrets=secret)
+        secret, made = None, False
+        try:
+            if hand_out is not None:
+                secret = random_secrets(lives[config.members[0].name].connection, timeout=timeout)
+                hand_out(secret)
+            with one_step():
+                if sealed:
+                    _drop_pairs(lives, timeout=timeout)
+                generate_domain(_sides(config, lives), sealed=sealed, timeout=timeout, secrets=secret)
+                made = True
+        except BaseException:
+            if not made and not _came_to_be(config, lives, timeout=timeout):
+                take_back()
+            raise
+
+
+def _came_to_be(config: GroupConfig, lives: Mapping[str, Life], *, timeout: float) -> bool:
+    """Whether members have keys of a domain now, or may have."""
+    try:
+        return bool(_held(config, lives, timeout=timeout)[0])
+    except (Ckr, DeadlinePassed, HAError, *CONNECTION_LOST):
+        return True
 
 
 @contextmanager
@@ -287,6 +307,13 @@ def _clear(lives: Mapping[str, Life], left: Mapping[str, set[bytes]], *, timeout
         unfinished.clear(lives[name].connection, gone, timeout=timeout)
 
 
+def _drop_pairs(lives: Mapping[str, Life], *, timeout: float) -> None:
+    """Transport keys that an earlier attempt left. What they unwrap could leave a member again: for a sealed domain
+    each gets new ones."""
+    for life in lives.values():
+        drop(life.connection, transport.own(life.connection, timeout=timeout), timeout=timeout)
+
+
 def _take_back(lives: Mapping[str, Life], made: Mapping[str, DomainKeys], *, timeout: float) -> None:
     """Nothing of a group that could not be made stays on members that held nothing before. Where one of them does not
     answer all keep what they have: the same command completes it, and could not if the keys were on one member only.
@@ -315,6 +342,8 @@ def _domain(
     """The same two keys on every member: those that members hold already, or new ones, which go into ``made``."""
     members = _sides(config, lives)
     if not held:
+        if sealed:
+            _drop_pairs(lives, timeout=timeout)
         keys = generate_domain(members, sealed=sealed, timeout=timeout)
         made.update({member.name: one for member, one in zip(members, keys, strict=True)})
         return

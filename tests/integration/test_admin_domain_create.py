@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.admin_commands import without_keys
 from tests.support.commands import run_here
-from tests.support.groups import PIN, SO_PIN, GroupFixture
+from tests.support.groups import GroupFixture
 from tests.support.newcomers import private, tamper
-from tests.support.softhsm import SOFTHSM, make_token
 
 USAGE, UNREACHABLE = 2, 3
 CREATE = ("domain", "create", "--yes", "--so-pin-file", "{folder}/so-pin")
@@ -24,22 +24,6 @@ for item in session.get_objects({Attribute.CLASS: ObjectClass.SECRET_KEY}):
     found[item.label] = [item[flag] for flag in flags]
 print(json.dumps(found))
 """
-
-
-def without_keys(folder: Path, members: int) -> GroupFixture:
-    """Initialised tokens and a hagroup.toml that names them; nothing else was done yet."""
-    lines = ["[group]", 'label = "payments"', "[journal]", 'url = "sqlite:journal.db"']
-    folder.mkdir(mode=0o700)
-    for number in range(1, members + 1):
-        name = f"hsm{number}"
-        token = make_token(folder / name, name, SO_PIN, PIN)
-        private(folder / name / "pin", PIN)
-        lines += ["[[member]]", f'name = "{name}"', f'module = "{SOFTHSM}"', f'token_serial = "{token.serial}"']
-        lines += [f'env = {{ SOFTHSM2_CONF = "{name}/softhsm2.conf" }}', f'pin = {{ file = "{name}/pin" }}']
-    private(folder / "so-pin", SO_PIN)
-    group = GroupFixture(private(folder / "hagroup.toml", "\n".join([*lines, ""])))
-    group.reload()
-    return group
 
 
 def in_folder(group: GroupFixture, words: tuple[str, ...]) -> list[str]:

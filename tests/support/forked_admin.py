@@ -1,5 +1,5 @@
 """``ha-admin`` in processes forked from one that has it imported already: a fifth of the time. Each may be killed
-before any of its changes to files of one folder, or to an etcd journal.
+before any of its changes to files of one folder, or to an etcd journal; or gets Ctrl-C at any of its interactions.
 
 Run as a program it is that process: requests on standard input, one JSON document a line, answers on standard output.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -16,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.support import networks
+from tests.support.interactions import Interactions
 
 ROOT = Path(__file__).resolve().parents[2]
 _CHANGES = {"open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "sqlite3.connect"}
@@ -35,6 +37,9 @@ class Done:
     stderr: str
     steps: int = 0
     """Changes to what was watched; 0 where it was killed."""
+    interactions: list[tuple[str, bool]] = field(default_factory=list)
+    """Name, and whether it changes anything; where these were watched."""
+    stopped_at: str = ""
 
 
 class ForkedAdmin:
@@ -53,15 +58,18 @@ class ForkedAdmin:
         environment: dict[str, str] | None = None,
         watch: Path | None = None,
         kill_before: int = 0,
+        stop: tuple[int, str] | None = None,
     ) -> Done:
         """In this process's working directory and environment, without a terminal.
 
         :param environment: further variables.
         :param kill_before: kill it before its nth change to a file in ``watch`` (to an etcd journal, where that is not
             given), counted from 1; 0: count them.
+        :param stop: Ctrl-C at this interaction, see :class:`tests.support.interactions.Interactions`, with files in
+            ``watch``; number 0: count them.
         """
         variables = {**os.environ, **(environment or {})}
-        asked = [list(arguments), os.getcwd(), variables, None if watch is None else str(watch), kill_before]
+        asked = [list(arguments), os.getcwd(), variables, None if watch is None else str(watch), kill_before, stop]
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(json.dumps(asked).encode() + b"\n")
@@ -143,7 +151,7 @@ def _watch_etcd(kill_before: int) -> list[int]:
 def _child(asked: list[Any], out: int, err: int, told: int) -> None:
     from hagroup.admin import cli
 
-    arguments, folder, environment, watch, kill_before = asked
+    arguments, folder, environment, watch, kill_before, stop = asked
     os.chdir(folder)
     os.environ.clear()
     os.dup2(out, 1)
@@ -152,7 +160,12 @@ def _child(asked: list[Any], out: int, err: int, told: int) -> None:
     sys.stdin = open(0)  # noqa: SIM115
     os.environ.update(environment)
     sys.argv = ["ha-admin", *arguments]
-    steps = _watch(watch, kill_before) if watch else _watch_etcd(kill_before)
+    steps, seen = [0], None
+    if stop is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        seen = Interactions(watch, *stop)
+    else:
+        steps = _watch(watch, kill_before) if watch else _watch_etcd(kill_before)
     status: Any = 1
     try:
         cli.main()
@@ -161,7 +174,9 @@ def _child(asked: list[Any], out: int, err: int, told: int) -> None:
     with contextlib.suppress(BaseException):
         sys.stdout.flush()
         sys.stderr.flush()
-    os.write(told, str(steps[0]).encode())
+    met = [] if seen is None else [(one.name, one.changes) for one in seen.seen]
+    with open(told, "w", closefd=False) as file:
+        json.dump([steps[0], met, "" if seen is None else seen.stopped_at], file)
     os._exit(status if isinstance(status, int) else 1)
 
 
@@ -182,14 +197,26 @@ def _answer(asked: list[Any]) -> list[Any]:
         for file in (out, err, told):
             file.seek(0)
             texts.append(file.read().decode())
-        return [os.waitstatus_to_exitcode(status), texts[0], texts[1], int(texts[2] or 0)]
+        return [os.waitstatus_to_exitcode(status), texts[0], texts[1], *json.loads(texts[2] or "[0]")]
+
+
+def _prepare() -> None:
+    """All that a command imports before it does anything is imported here, once."""
+    from hagroup.admin import cli, options
+    from hagroup.config import logging
+    from hagroup.errors import ConfigurationError
+    from hagroup.journal import etcd_client
+
+    assert etcd_client
+    logging.prepare()
+    with contextlib.suppress(ConfigurationError):
+        cli.app(["--config", "/dev/null/none.toml", "status"], standalone_mode=False)
+    options._chosen.clear()
+    gc.collect()
+    gc.freeze()  # else a collection in a child copies all of it
 
 
 if __name__ == "__main__":
-    import hagroup.admin.cli
-    from hagroup.config import logging
-
-    assert hagroup.admin.cli
-    logging.prepare()
+    _prepare()
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line))), flush=True)
