@@ -209,6 +209,8 @@ class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
     """Wall clock, for people."""
     locators: tuple[Locator, ...]
     fingerprint: Fingerprint
+    given_up: bool = False
+    """Making it was cut off, so nobody ever had it: the same value may be brought in again."""
 
 
 class Role(StrEnum):

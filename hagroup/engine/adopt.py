@@ -79,7 +79,7 @@ def _take_over(group: GroupEngine, member: Member, life: Life, entry: InventoryE
     already = _already(group, life, entry)
     if already is None:
         record = _draft(group, member, life, entry)
-        with one_step():  # half made it would be tombstoned, and so be refused by the same call again
+        with one_step():  # cut off in the middle it would have to be made once more
             group.replication.replicate([record])
         already = record.uid
     try:
@@ -109,7 +109,9 @@ def _already(group: GroupEngine, life: Life, entry: InventoryEntry) -> bytes | N
 def _refuse_destroyed(group: GroupEngine, life: Life, entry: InventoryEntry) -> None:
     kind = (entry.locator.object_class, entry.locator.key_type)
     for tombstone in group.journal.tombstones():
-        if kind not in {(locator.object_class, locator.key_type) for locator in tombstone.locators}:
+        if tombstone.given_up or kind not in {
+            (locator.object_class, locator.key_type) for locator in tombstone.locators
+        }:
             continue
         timeout = group.config.timeouts.generate
         same = proof.matches(life.connection, entry.handle, kind[0], tombstone.fingerprint, timeout=timeout)

@@ -186,8 +186,8 @@ class _Restore:
         outcome, text = self._decide(record)
         if not self._dry_run and outcome in ("restored", "resurrected"):
             try:
-                with one_step():  # half made it would be tombstoned, and the same call again leaves that out
-                    made = self._make(record, anew=outcome == "resurrected")
+                with one_step():  # cut off in the middle it would have to be made once more, with another UID
+                    made = self._make(record, anew=self._group.journal.tombstone(record.uid) is not None)
                 self.made += 1
                 self.labels |= dict.fromkeys((made.uid, record.uid), label_of(record))
             except (HAError, Ckr) as error:
@@ -200,14 +200,26 @@ class _Restore:
         if there is not None:
             newer = f", changed since (revision {there.revision})" if there.revision > record.revision else ""
             return "there already", f"left as it is{newer}"
-        if journal.tombstone(record.uid) is None:
+        stone = journal.tombstone(record.uid)
+        if stone is None:
             return "restored", f"revision {record.revision}"
+        if stone.given_up and not self._destroyed(record):
+            copy = self._resurrected(record)
+            if copy is not None:
+                return "there already", f"restored before, as {copy.uid.hex()}"
+            return "restored", "as a new object with a new UID: an earlier attempt was cut off in it"
         if record.uid not in self._resurrect:
             return "destroyed", "not brought back: name it with --resurrect if it is to be"
         copy = self._resurrected(record)
         if copy is not None:
             return "there already", f"resurrected before, as {copy.uid.hex()}"
         return "resurrected", "as a new object with a new UID"
+
+    def _destroyed(self, record: ObjectRecord) -> bool:
+        """Under whichever UID it had."""
+        return any(
+            stone.fingerprint == record.fingerprint and not stone.given_up for stone in self._group.journal.tombstones()
+        )
 
     def _resurrected(self, record: ObjectRecord) -> ObjectRecord | None:
         search: dict[int, bytes] = {

@@ -348,10 +348,14 @@ def _looking(
 
 
 def strangers(group: GroupEngine, name: str, life: Life) -> list[InventoryEntry]:
-    """Objects on a member's token that are not the group's; what the group destroyed, and is there, among them."""
+    """Objects on a member's token that are not the group's; what the group destroyed, and is there, among them, but not
+    what it was making and gave up: that goes."""
+    given_up = {locator for stone in group.journal.tombstones() if stone.given_up for locator in stone.locators}
     run = _Run(group.journal, name, life, timeout=group.config.timeouts.generate)
     run.compare()
-    return run.entries
+    rows = [row for row in group.journal.owed(name) if row.kind is OwedKind.DESTROY]
+    going = given_up & {locator for row in rows for locator in row.locators}
+    return [entry for entry in run.entries if entry.locator not in going]
 
 
 class _Away(Exception):

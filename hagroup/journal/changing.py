@@ -257,7 +257,7 @@ def abandon(t: Transaction, intent: Intent) -> None:
     for uid in intent.uids:
         record = t.object(uid)
         if record is not None:
-            t.bury(record, ())
+            t.bury(record, (), given_up=True)
     t.close_intent(intent, DELETED)
 
 

@@ -199,9 +199,14 @@ def attempts_of(blob: bytes) -> tuple[Attempt, ...]:
 
 
 def to_tombstone(row: Row) -> Tombstone:
-    """From (uid, change, time, locators, fingerprint)."""
+    """From (uid, change, time, locators, fingerprint, given up): the last one is lacking in what was made earlier."""
     return Tombstone(
-        uid=row[0], change=row[1], time=row[2], locators=_locators(row[3]), fingerprint=_fingerprint(row[4])
+        uid=row[0],
+        change=row[1],
+        time=row[2],
+        locators=_locators(row[3]),
+        fingerprint=_fingerprint(row[4]),
+        given_up=bool(row[5:] and row[5]),
     )
 
 
@@ -212,6 +217,7 @@ def from_tombstone(tombstone: Tombstone) -> Row:
         tombstone.time,
         encode(tombstone.locators),
         encode(tombstone.fingerprint),
+        int(tombstone.given_up),
     )
 
 

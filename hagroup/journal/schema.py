@@ -114,7 +114,8 @@ CREATE TABLE tombstones (
     change      INTEGER NOT NULL,
     time        REAL    NOT NULL,
     locators    BLOB    NOT NULL,
-    fingerprint BLOB    NOT NULL
+    fingerprint BLOB    NOT NULL,
+    given_up    INTEGER NOT NULL DEFAULT 0
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX tombstones_change ON tombstones (change);
 
@@ -205,6 +206,8 @@ def complete(connection: sqlite3.Connection) -> None:
     connection.execute(
         "CREATE TABLE IF NOT EXISTS sealed (only INTEGER PRIMARY KEY CHECK (only = 1), sealed BLOB NOT NULL) STRICT"
     )
+    if not any(column[1] == "given_up" for column in connection.execute("PRAGMA table_info(tombstones)")):
+        connection.execute("ALTER TABLE tombstones ADD COLUMN given_up INTEGER NOT NULL DEFAULT 0")
 
 
 def unusable(connection: sqlite3.Connection) -> str | None:

@@ -266,8 +266,13 @@ class Transaction(ABC):
             self.drop_copy(member, uid)
         return outcome.accepted
 
-    def bury(self, record: ObjectRecord, extra: Iterable[Locator]) -> tuple[Tombstone, dict[str, OwedRow]]:
-        """Tombstone in place of the record; every copy and owed row becomes ``destroy``."""
+    def bury(
+        self, record: ObjectRecord, extra: Iterable[Locator], *, given_up: bool = False
+    ) -> tuple[Tombstone, dict[str, OwedRow]]:
+        """Tombstone in place of the record; every copy and owed row becomes ``destroy``.
+
+        :param given_up: see :class:`Tombstone`.
+        """
         uid = record.uid
         copies, owed = self.copies(uid), self.owed_of(uid)
         everywhere = rules.merged(
@@ -277,7 +282,12 @@ class Transaction(ABC):
             *(row.locators for row in owed.values()),
         )
         stone = Tombstone(
-            uid=uid, change=self.change, time=self.wall, locators=everywhere, fingerprint=record.fingerprint
+            uid=uid,
+            change=self.change,
+            time=self.wall,
+            locators=everywhere,
+            fingerprint=record.fingerprint,
+            given_up=given_up,
         )
         self.entomb(record, stone)
         condemned = {}

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.keywrap import aes_key_wrap
 
 from tests.support import plain
 from tests.support.groups import PIN, GroupFixture
 
-SAMPLE = 8
+SAMPLE = 5
 """Points of each kind."""
 BOUND = 30.0
 """Seconds in which a fresh client must have put everything right."""
@@ -113,8 +114,25 @@ def change(session, label):
 def destroy(session, label):
     session.get_key(label=label + " old").destroy()
 
+def prepare_wrapping(session, label):
+    session.create_object({
+        Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.KEY_TYPE: KeyType.AES, Attribute.VALUE: b"w" * 16,
+        Attribute.TOKEN: True, Attribute.LABEL: label + " old", Attribute.ID: label.encode(),
+        Attribute.UNWRAP: True, Attribute.DERIVE: True,
+    })
+
+def unwrap(session, label):
+    session.get_key(label=label + " old").unwrap_key(
+        ObjectClass.SECRET_KEY, KeyType.AES, bytes.fromhex(asked["wrapped"]), mechanism=Mechanism.AES_KEY_WRAP,
+        store=True, label=label, id=label.encode() + b"u")
+
+def derive(session, label):
+    key = session.get_key(label=label + " old")
+    key.derive_key(KeyType.AES, 128, mechanism=Mechanism.AES_ECB_ENCRYPT_DATA, mechanism_param=b"p" * 16, store=True,
+                   label=label, id=label.encode() + b"d")
+
 changes = {"generate": (None, generate), "create": (None, create), "copy": (prepare, copy), "set": (prepare, change),
-           "destroy": (prepare, destroy)}
+           "destroy": (prepare, destroy), "unwrap": (prepare_wrapping, unwrap), "derive": (prepare_wrapping, derive)}
 
 lib = pkcs11.lib(asked["toml"])
 token = lib.get_token(token_label="payments")
@@ -168,6 +186,7 @@ class Crasher:
             "kill_at": kill_at,
             "look": look,
             "bound": BOUND,
+            "wrapped": aes_key_wrap(b"w" * 16, b"k" * 16).hex(),
         }
         done = subprocess.run(
             [sys.executable, "-c", _CLIENT],
@@ -212,7 +231,7 @@ def judge(change: str, label: str, told: Told, found: dict[str, list[list[Any]]]
         assert [item[0] for item in new] in ([], [2, 3]), where
     else:
         assert len(new) in (0, 1), where
-    if change == "copy":
+    if change in ("copy", "unwrap", "derive"):
         assert len(old) == 1, where
     elif change == "set":
         assert len(new) + len(old) == 1, where
@@ -224,7 +243,7 @@ def judge(change: str, label: str, told: Told, found: dict[str, list[list[Any]]]
         assert not old, where
 
 
-@pytest.mark.parametrize("change", ["generate", "create", "copy", "set", "destroy"])
+@pytest.mark.parametrize("change", ["generate", "create", "copy", "unwrap", "derive", "set", "destroy"])
 def test_killed_anywhere(crasher: Crasher, change: str) -> None:
     began = time.monotonic()
     label = f"{change} whole"

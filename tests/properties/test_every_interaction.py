@@ -180,9 +180,9 @@ def test_the_journal_gives_no_answer(change: str) -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_member_fails(change: str) -> None:
-    """Each way, at each call that changes its token."""
+    """Each way, at each call that changes its token. (Without HAGROUP_CRASH_ALL: each other way.)"""
     total = 0
-    for fate in FATES:
+    for fate in FATES if os.environ.get("HAGROUP_CRASH_ALL") else FATES[1::2]:
 
         def trap(number: int, fate: object = fate) -> Arm:
             def arm(simulation: Simulation, _: Client) -> Callable[[], bool]:
@@ -192,8 +192,8 @@ def test_a_member_fails(change: str) -> None:
             return arm
 
         total += all_of(change, trap)
-    print(f"{change}: {total} failures of a member, {len(FATES)} kinds")
-    assert total >= len(FATES)
+    print(f"{change}: {total} failures of a member")
+    assert total >= len(FATES) // 2
 
 
 @pytest.mark.parametrize("change", CHANGES if os.environ.get("HAGROUP_CRASH_ALL") else ["generate", "set", "destroy"])
