@@ -53,17 +53,13 @@ def run(group: GroupFixture, line: str, stop: Point | None = None) -> Done:
 
 
 def points(line: str, done: Done) -> list[Point]:
-    """Where to stop it: at a third and two thirds of what it does, after its first change, and before its last one."""
+    """Where to stop it: in the middle, for what changes something also after its first change."""
     met = done.interactions
     changes = [number for number, (_, is_change) in enumerate(met, 1) if is_change]
     if os.environ.get("HAGROUP_CTRL_C_ALL"):
         return [(number, when) for number in range(1, len(met) + 1) for when in (BEFORE, AFTER)]
-    found = [(max(1, len(met) // 3), BEFORE), (max(1, len(met) * 2 // 3), AFTER)]
-    if line in (*MORE, "domain shares --shares 2-of-3 --yes"):  # each makes an RSA key
-        return [(changes[0], AFTER), (len(met) * 2 // 3, BEFORE)]
-    if changes and line not in ONLY_READ:
-        found += [(changes[0], AFTER), (changes[-1], BEFORE)]
-    return found
+    middle = (len(met) * 2 // 3, BEFORE)
+    return [middle] if line in ONLY_READ else [(changes[0], AFTER), middle]
 
 
 def whole(group: GroupFixture, line: str, where: str) -> None:
