@@ -10,8 +10,7 @@ from hagroup.config.pins import Pin
 from hagroup.core.records import Membership
 from hagroup.engine import membership, renewal, shares, transport
 from hagroup.engine.challenge import DomainMember, challenge, concerns_domain, open_reference
-from hagroup.engine.domain_keys import DomainKeys, find_domain, scratch_session
-from hagroup.engine.domain_rotation import is_sealed
+from hagroup.engine.domain_keys import DomainKeys, find_domain, is_sealed, scratch_session
 from hagroup.engine.enforcement import probe_enforcement
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.joining import import_domain, join_domain
@@ -110,7 +109,7 @@ def _from_secrets(
         speaker = None
         sealed = True
     else:
-        sealed = is_sealed(source, source_keys, timeout=timeout)
+        sealed = is_sealed(source.connection, source_keys, timeout=timeout)
     enforcement = probe_enforcement(side.connection, side.wrap_mechanism, timeout=timeout)
     with scratch_session(side.connection, timeout=timeout) as sid:
         transport.find_or_make(side.connection, enforcement, sid=sid, sealed=sealed, timeout=timeout)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import msgspec
 from pkcs11 import exceptions as p11
 
-from hagroup.core.attributes import CKA, CKK, CKM, CKO, pack_bool, pack_ulong
+from hagroup.core.attributes import CKA, CKK, CKM, CKO, pack_bool, pack_ulong, unpack_bool
 from hagroup.core.calls import Ckr, DeadlinePassed, Handle, Mechanism, MemberGone, SessionId, Template, WorkerFault
 from hagroup.core.ckr import CKR
 from hagroup.engine.envelope import NONCE_LENGTH
@@ -136,6 +136,12 @@ def find_domain(
         partition_key_id=partition_key_id,
         wrap_mechanism=wrap_mechanism,
     )
+
+
+def is_sealed(connection: Connection, keys: DomainKeys, *, timeout: float) -> bool:
+    """Whether the domain's keys cannot leave this member."""
+    values, _ = connection.get(keys.domain, [int(CKA.EXTRACTABLE)], timeout=timeout)
+    return not unpack_bool(values.get(CKA.EXTRACTABLE, b"\0"))
 
 
 # -- encryption inside the member ---------------------------------------------------------------------------------

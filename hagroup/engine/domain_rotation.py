@@ -20,11 +20,10 @@ import msgspec
 
 from hagroup.config.logging import get_logger
 from hagroup.config.pins import Pin
-from hagroup.core.attributes import CKA, unpack_bool
 from hagroup.core.records import IntentKind, ObjectRecord, Rotation
 from hagroup.engine import membership, renewal, transport
 from hagroup.engine.challenge import DomainMember, reference_envelope
-from hagroup.engine.domain_keys import DomainKeys, scratch_session
+from hagroup.engine.domain_keys import DomainKeys, is_sealed, scratch_session
 from hagroup.engine.envelope import generation
 from hagroup.engine.group import GroupEngine
 from hagroup.engine.joining import draft, drop, hand_out, new_ids, wrap_to
@@ -121,7 +120,7 @@ def _begin(group: GroupEngine, so_pin: Pin, *, sealed: bool, secrets: tuple[byte
     officer_of(
         speaker.config, life, so_pin, journal=group.journal, timeout=timeout
     ).connection.close()  # agreed: the second person
-    was_sealed = is_sealed(life, keys, timeout=timeout)
+    was_sealed = is_sealed(life.connection, keys, timeout=timeout)
     sealed = sealed or was_sealed
     present = _present(group)
     names = {keys.domain_key_id, keys.partition_key_id}
@@ -163,12 +162,6 @@ def _begin(group: GroupEngine, so_pin: Pin, *, sealed: bool, secrets: tuple[byte
 def _former(group: GroupEngine) -> tuple[tuple[bytes, bytes], ...]:
     rotation = group.view.group.rotation
     return () if rotation is None else rotation.former
-
-
-def is_sealed(life: Life, keys: DomainKeys, *, timeout: float) -> bool:
-    """Whether the domain's keys cannot leave this member."""
-    values, _ = life.connection.get(keys.domain, [int(CKA.EXTRACTABLE)], timeout=timeout)
-    return not unpack_bool(values.get(CKA.EXTRACTABLE, b"\0"))
 
 
 def _receivers(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from hagroup.engine import transport
-from hagroup.engine.domain_rotation import is_sealed
+from hagroup.engine.domain_keys import is_sealed
 from hagroup.engine.enforcement import probe_enforcement
 from hagroup.engine.group import GroupEngine
 
@@ -52,7 +52,7 @@ def _member(group: GroupEngine, name: str) -> MemberKeys:
         return MemberKeys(name=name, keys="not known", leave="", returns="", text=why)
     timeout = group.config.timeouts.generate
     guarded = probe_enforcement(life.connection, member.config.wrap_mechanism, timeout=timeout)
-    sealed = is_sealed(life, life.keys, timeout=timeout)
+    sealed = is_sealed(life.connection, life.keys, timeout=timeout)
     return MemberKeys(
         name=name,
         keys="both" if life.keys.older is None else "both and the replaced ones",

@@ -25,7 +25,7 @@ from hagroup.core.clock import Clock
 from hagroup.core.records import GroupRecord, MemberRecord, Membership
 from hagroup.engine import configuration, ghosts, manifest, transport, unfinished
 from hagroup.engine.challenge import DomainMember, challenge, reference_envelope
-from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
+from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys, is_sealed
 from hagroup.engine.joining import drop, generate_domain, join_domain
 from hagroup.engine.login import CKU_SO, CKU_USER, PIN_ERRORS
 from hagroup.engine.member import Life
@@ -71,6 +71,8 @@ def create_group(
             _refuse_journal(config)
         else:
             begun.close()
+        if sealed:
+            _expect_sealed(lives, keys, timeout=timeout)
         if found := _objects_already(lives, timeout=timeout):
             existing(found)
         _officer_agrees(config, lives, keys, so_pin, timeout=timeout)
@@ -133,7 +135,9 @@ def create_domain(
     with _alone(config), _opened(config, pins, timeout=timeout) as lives:
         _refuse_journal(config)
         held, left = _held(config, lives, timeout=timeout)
-        if len(held) == len(lives) and any(left.values()):  # made, but for the marks
+        if sealed:
+            _expect_sealed(lives, held, timeout=timeout)
+        if len(held) == len(lives) and left:  # made, but for the marks
             _officer_agrees(config, lives, held, so_pin, timeout=timeout)
             _clear(lives, left, timeout=timeout)
             return
@@ -156,6 +160,16 @@ def create_domain(
             if not made and not _came_to_be(config, lives, timeout=timeout):
                 take_back()
             raise
+
+
+def _expect_sealed(lives: Mapping[str, Life], held: Mapping[str, DomainKeys], *, timeout: float) -> None:
+    """:raises ConfigurationError: the keys that are there can leave a member; nothing was changed."""
+    for name, keys in held.items():
+        if not is_sealed(lives[name].connection, keys, timeout=timeout):
+            raise ConfigurationError(
+                f'keys of a domain are there already, and they can leave member "{name}": create the group without '
+                "--sealed, then `ha-admin domain rotate --sealed`; nothing was changed"
+            )
 
 
 def _came_to_be(config: GroupConfig, lives: Mapping[str, Life], *, timeout: float) -> bool:

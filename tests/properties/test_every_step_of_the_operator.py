@@ -27,10 +27,12 @@ import pytest
 
 from hagroup.core.attributes import CKA, CKO, pack_bool
 from hagroup.core.records import Membership
+from hagroup.engine import unfinished
 from hagroup.journal import SqliteJournal
 from tests.support.history import FATES, Broken, History, Step
-from tests.support.simulated import Fate, SimObject
+from tests.support.simulated import CKU_USER, Fate, SimObject
 from tests.support.simulated_admin import Administered, Command, Done
+from tests.support.simulation import PIN
 
 ALL = bool(os.environ.get("HAGROUP_CRASH_ALL"))
 Arm = Callable[[Command], object]
@@ -279,3 +281,27 @@ def test_adoption_is_killed() -> None:
         return ["sync", "--adopt"], {b"1": one.secret, b"strange": b"s" * 32}
 
     print(f"sync --adopt: killed at one of {_killed_while(bring)} interactions")
+
+
+def test_a_mark_counts_only_where_no_group_shows_itself() -> None:
+    """Keys that are in use never go for it."""
+    with ready(OPERATIONS["member add"]) as (group, _):
+        ids = group.domain[0]
+        for name, pairs in (("hsm1", set()), ("hsm4", {ids})):
+            member = group.members[name]
+            member.script, member.after = lambda *_: Fate.FINE, lambda *_: None
+            connection = member.connect(1, None, "")
+            connection.login(CKU_USER, PIN, timeout=1)
+            unfinished.mark(connection, ids, timeout=1)
+            marked = unfinished.marked(connection, timeout=1)
+            assert marked.any and marked.pairs == pairs
+
+
+def test_a_sealed_group_is_not_made_of_keys_that_can_leave() -> None:
+    with ready(OPERATIONS["domain create"]) as (group, _):
+        assert group.admin(*OPERATIONS["domain create"].words(group)).status == 0
+        before = {name: set(member.token.objects) for name, member in group.members.items()}
+        done = group.admin(*_create(group), "--sealed")
+        assert done.status == 2 and "domain rotate --sealed" in done.err
+        assert {name: set(member.token.objects) for name, member in group.members.items()} == before
+        assert group.admin(*_create(group)).status == 0
