@@ -297,14 +297,11 @@ def _held(
     for member in members:
         marked = unfinished.marked(member.connection, timeout=timeout)
         gone = {name for ids in marked.pairs - everywhere for name in ids}
-        mine = set().union(*names[member.name])
-        # half of what another member has is what a joining that was cut off left
-        gone |= {name for ids in pairs if len(mine & set(ids)) == 1 for name in ids}
         keys = held_keys(member, gone=gone, timeout=timeout)
         if keys is not None:
             present[member.name] = keys
         there = unfinished.keys_of_domains(member.connection, timeout=timeout)
-        if marked.any or gone & mine or there != found[member.name]:
+        if marked.any or there != found[member.name]:
             left[member.name] = gone
     holders = [member for member in members if member.name in present]
     for other in holders[1:]:
@@ -366,11 +363,13 @@ def _domain(
     if newcomers:
         first = next(member for member in config.members if member.name == holders[0].name)
         officer = officer_of(first, lives[first.name], so_pin, timeout=timeout)
+        ids = (held[first.name].domain_key_id, held[first.name].partition_key_id)
         try:
             for member in newcomers:
-                made[member.name] = join_domain(
-                    holders[0], held[first.name], officer.connection, member, timeout=timeout
-                )
+                with unfinished.marked_while(member.connection, ids, timeout=timeout):
+                    made[member.name] = join_domain(
+                        holders[0], held[first.name], officer.connection, member, timeout=timeout
+                    )
         finally:
             officer.connection.close()
 

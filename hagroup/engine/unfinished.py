@@ -7,13 +7,14 @@ half a domain could only be told from the rest of another group by people, with 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator, Mapping
 
 import msgspec
 
 from hagroup.config.model import GroupConfig, SqliteUrl
 from hagroup.core.attributes import CKA, CKK, CKO, pack_bool, pack_ulong
-from hagroup.core.calls import Handle, Template
+from hagroup.core.calls import Ckr, DeadlinePassed, Handle, MemberGone, Template, WorkerFault
 from hagroup.core.clock import Clock
 from hagroup.core.records import Membership
 from hagroup.engine.domain_keys import DOMAIN_LABEL, PARTITION_LABEL, DomainKeys
@@ -68,6 +69,19 @@ def marked(connection: Connection, *, timeout: float) -> Marked:
     in_use = len(found) < len(labels)
     pairs = frozenset((names[: len(names) // 2], names[len(names) // 2 :]) for names in found)
     return Marked(bool(found), frozenset() if in_use else pairs)
+
+
+@contextlib.contextmanager
+def marked_while(connection: Connection, ids: tuple[bytes, bytes], *, timeout: float) -> Iterator[None]:
+    """While keys with these names come to one member: they are there whole when the block is left, or go with it."""
+    gone: Collection[bytes] = ids
+    try:
+        mark(connection, ids, timeout=timeout)
+        yield
+        gone = ()
+    finally:
+        with contextlib.suppress(Ckr, MemberGone, WorkerFault, DeadlinePassed):  # the same command does it then
+            clear(connection, gone, timeout=timeout)
 
 
 def whole_keys(connection: Connection, *, timeout: float) -> dict[bytes, list[tuple[Handle, bytes]]]:

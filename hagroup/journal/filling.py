@@ -22,9 +22,7 @@ def fill(t: SqliteTransaction, contents: Contents, members: Sequence[str]) -> No
     t.sql.executemany(
         f"INSERT INTO copies ({rows.COPY}) VALUES (?, ?, ?, ?)", [rows.from_copy(one) for one in contents.copies]
     )
-    t.sql.executemany(
-        "INSERT INTO tombstones VALUES (?, ?, ?, ?, ?)", [rows.from_tombstone(one) for one in contents.tombstones]
-    )
+    t.sql.executemany(rows.INSERT_TOMBSTONE, [rows.from_tombstone(one) for one in contents.tombstones])
     t.sql.executemany(
         "INSERT INTO events (number, time, kind, member, text, data) VALUES (?, ?, ?, ?, ?, ?)",
         [

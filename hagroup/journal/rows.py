@@ -210,6 +210,9 @@ def to_tombstone(row: Row) -> Tombstone:
     )
 
 
+INSERT_TOMBSTONE = "INSERT INTO tombstones VALUES (?, ?, ?, ?, ?, ?)"
+
+
 def from_tombstone(tombstone: Tombstone) -> Row:
     return (
         tombstone.uid,

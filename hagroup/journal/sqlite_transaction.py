@@ -213,7 +213,7 @@ class SqliteTransaction(Transaction):
             self.touch(uid)
 
     def entomb(self, record: ObjectRecord, stone: Tombstone) -> None:
-        self.sql.execute("INSERT INTO tombstones VALUES (?, ?, ?, ?, ?, ?)", rows.from_tombstone(stone))
+        self.sql.execute(rows.INSERT_TOMBSTONE, rows.from_tombstone(stone))
         self.sql.execute("DELETE FROM objects WHERE uid = ?", (record.uid,))
         self.head.tombstones += 1
         if record.state is ObjectState.LIVE:

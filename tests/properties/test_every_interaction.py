@@ -180,9 +180,9 @@ def test_the_journal_gives_no_answer(change: str) -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_member_fails(change: str) -> None:
-    """Each way, at each call that changes its token. (Without HAGROUP_CRASH_ALL: each other way.)"""
+    """Each way, at each call that changes its token. (Without HAGROUP_CRASH_ALL: three ways.)"""
     total = 0
-    for fate in FATES if os.environ.get("HAGROUP_CRASH_ALL") else FATES[1::2]:
+    for fate in FATES if os.environ.get("HAGROUP_CRASH_ALL") else (Fate.LOST_AFTER, Fate.TORN, Fate.LATE):
 
         def trap(number: int, fate: object = fate) -> Arm:
             def arm(simulation: Simulation, _: Client) -> Callable[[], bool]:
@@ -193,7 +193,7 @@ def test_a_member_fails(change: str) -> None:
 
         total += all_of(change, trap)
     print(f"{change}: {total} failures of a member")
-    assert total >= len(FATES) // 2
+    assert total >= 3
 
 
 @pytest.mark.parametrize("change", CHANGES if os.environ.get("HAGROUP_CRASH_ALL") else ["generate", "set", "destroy"])
@@ -223,7 +223,7 @@ def test_a_member_executes_late_and_the_client_is_killed(change: str) -> None:
 
 
 def _two(change: str, first: Callable[[int], Arm], second: Callable[[int], Arm], what: str) -> None:
-    """The second one at each of its places, for each place of the first one (without HAGROUP_CRASH_ALL: each tenth)."""
+    """The second one at each of its places, for each place of the first one (without HAGROUP_CRASH_ALL: each 20th)."""
     total, place = 0, 0
     while play(change, first(place)):
         for number in itertools.count():
@@ -234,6 +234,6 @@ def _two(change: str, first: Callable[[int], Arm], second: Callable[[int], Arm],
                 error.add_note(f"{change}, first at {place}, then at {number}")
                 raise
             total += 1
-        place += 1 if os.environ.get("HAGROUP_CRASH_ALL") else 10
+        place += 1 if os.environ.get("HAGROUP_CRASH_ALL") else 20
     print(f"{change}: {total} pairs of faults, the second one: {what} is killed")
     assert total

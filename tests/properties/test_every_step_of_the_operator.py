@@ -52,6 +52,7 @@ class Operation:
     """What it says where there is nothing to do any more, and refuses."""
     after: Callable[[Administered], list[str]] | None = None
     """What follows it."""
+    prepare: Callable[[Administered], None] = lambda _: None
 
 
 def _shares(group: Administered) -> list[str]:
@@ -62,6 +63,13 @@ def _shares(group: Administered) -> list[str]:
 
 def _create(group: Administered) -> list[str]:
     return ["group", "create", "--yes", *group.officer()]
+
+
+def _only_one(group: Administered) -> None:
+    """One member holds the keys of a domain."""
+    assert group.admin("domain", "create", "--yes", *group.officer()).status == 0
+    for name in ("hsm2", "hsm3"):
+        group.members[name].token.objects.clear()
 
 
 WIPED: list[Step] = [("wipe", 1, 1, 0), TICK, TICK]
@@ -78,6 +86,7 @@ OPERATIONS = {
         after=_create,
     ),
     "group create": Operation(_create, grouped=False, completed="was created already"),
+    "group create, joined": Operation(_create, grouped=False, completed="was created already", prepare=_only_one),
 }
 
 
@@ -90,6 +99,7 @@ def ready(operation: Operation) -> Iterator[tuple[Administered, History]]:
             if operation.grouped:
                 for step in [KEY, PAIR, *operation.before]:
                     history.run(step)
+            operation.prepare(group)
             yield group, history
 
 
@@ -192,7 +202,7 @@ def test_the_journal_gives_no_answer(name: str) -> None:
     print(f"{name}: no answer to one of {count} transactions")
 
 
-@pytest.mark.parametrize("member", ["hsm1", "hsm2", "hsm3", "hsm4"] if ALL else ["hsm1", "hsm4"])
+@pytest.mark.parametrize("member", ["hsm1", "hsm2", "hsm3", "hsm4"] if ALL else ["hsm2"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_member_fails(name: str, member: str) -> None:
     """At each call that changes its token, each way."""

@@ -55,7 +55,7 @@ def fill(path: Path, objects: int) -> None:
         f"WHERE c.uid = (SELECT uid FROM objects WHERE number = {first}) AND o.number > {last}"
     )
     connection.execute(
-        f"{_NUMBERS} INSERT INTO tombstones SELECT randomblob(16), change, time, locators, fingerprint "
+        f"{_NUMBERS} INSERT INTO tombstones SELECT randomblob(16), change, time, locators, fingerprint, given_up "
         "FROM n, (SELECT * FROM tombstones LIMIT 1)",
         (objects,),
     )
