@@ -131,7 +131,7 @@ class Own:
 
 
 def test_your_own_hsms_from_answers(fast_folder: Path) -> None:
-    own = Own(fast_folder / "asked")
+    own = Own(fast_folder / "your-own-asked")
     own.on_a_terminal(
         ("Label of the group", "payments"),
         ("PKCS#11 module", SOFTHSM),
@@ -151,7 +151,7 @@ def test_your_own_hsms_from_answers(fast_folder: Path) -> None:
 
 
 def test_your_own_hsms_from_options(fast_folder: Path) -> None:
-    own = Own(fast_folder / "told")
+    own = Own(fast_folder / "your-own-told")
     (script,) = (block for block in blocks("sh") if "group create" in block)
     own.run(shlex.split(own.real(script).replace("\\\n", ""))[1:])
     own.check()
