@@ -146,9 +146,18 @@ def judge(group: Administered, history: History, operation: Operation, *, late: 
     group.check_domain(at_rest=late)
 
 
-def play(name: str, arm: Arm, sprung: Callable[[Command, Done], bool], *, late: bool = False, records: int = 1) -> bool:
+def play(
+    name: str,
+    arm: Arm,
+    sprung: Callable[[Command, Done], bool],
+    *,
+    then: Arm | None = None,
+    late: bool = False,
+    records: int = 1,
+) -> bool:
     """One command in trouble, and once more. False: the trap was not sprung.
 
+    :param then: kills the same command when it is run again. False: that one was not killed.
     :param late: see :func:`judge`. :param records: see :class:`History`.
     """
     operation = OPERATIONS[name]
@@ -157,11 +166,15 @@ def play(name: str, arm: Arm, sprung: Callable[[Command, Done], bool], *, late: 
         done = group.admin(*operation.words(group), arm=arm)
         found = sprung(group.command, done)
         group.faults.clear()
+        if found and then is not None:
+            again = group.admin(*operation.words(group), arm=then)
+            found = again.status is None
+            assert found or not again.status or operation.completed in again.err, again
         if found:
             if operation.grouped:
                 use(history)
             complete(group, operation)
-        else:
+        elif then is None:
             assert done.status == 0, done
         judge(group, history, operation, late=late)
         return found
@@ -191,6 +204,32 @@ def test_killed(name: str) -> None:
     count = all_of(name, trap, lambda command, done: done.status is None)
     print(f"{name}: killed at each of {count} interactions")
     assert count > 5
+
+
+@pytest.mark.parametrize("name", OPERATIONS if ALL else ["member add", "domain rotate", "group create"])
+def test_killed_twice(name: str) -> None:
+    """And the same command again is killed, too."""
+
+    def killed(number: int) -> Arm:
+        return lambda command: setattr(command, "kill_in", 2 * number)
+
+    def dead(_: Command, done: Done) -> bool:
+        return done.status is None
+
+    total = 0
+    for place in range(1, 200) if ALL else range(9, 200, 30):
+        if not play(name, killed(place), dead):
+            break
+        for number in itertools.count(0, 1 if ALL else 7):
+            try:
+                if not play(name, killed(place), dead, then=killed(number)):
+                    break
+            except BaseException as error:
+                error.add_note(f"{name}, killed at {place}, then at {number}")
+                raise
+            total += 1
+    assert total
+    print(f"{name}: {total} pairs")
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
