@@ -221,7 +221,7 @@ def sync(path: Path, *, pin: PinOptions) -> Synced:
             owed = len(group.journal.owed(name))
             member = group.roster.members.get(name)
             state = "not configured here" if member is None else member.state.value
-            reason = None if member is None or member.serving else member.reason
+            reason = None if member is None or member.serving else member.journal_behind or member.reason
             members.append(SyncedMember(name, state, max(0, before[name] - owed), owed, reason))
         there = [member for member in group.roster.members.values() if member.state is State.IN_SERVICE]
         return Synced(

@@ -180,6 +180,8 @@ def sync(done: Synced) -> None:
     console = _console()
     for line in done.members:
         console.print(f"{line.name}: {line.state}, {line.finished} changes brought up to date, {line.owed} still owed")
+        if line.reason is not None:
+            paragraph(f"{line.name}: {line.reason}")
     console.print("in sync" if done.in_sync else "NOT in sync: see `ha-admin status`")
 
 
