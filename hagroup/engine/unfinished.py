@@ -25,6 +25,9 @@ from hagroup.journal import Journal, open_journal
 from hagroup.members.api import Connection
 
 _LABEL = OWN_LABEL + b"unfinished:"
+_OWN: Template = [(int(CKA.CLASS), pack_ulong(CKO.DATA)), (int(CKA.APPLICATION), APPLICATION)]
+_MARKS: Template = [*_OWN, (int(CKA.OBJECT_ID), b"hagroup:unfinished")]
+"""Found by that alone: there is a record beside each object of a group, and reading the labels of all takes long."""
 CREATED = "group created"
 """The event that ends a creation."""
 
@@ -37,22 +40,14 @@ def mark(connection: Connection, ids: tuple[bytes, bytes], *, timeout: float) ->
     names = b"".join(ids)
     connection.create(
         [
-            (int(CKA.CLASS), pack_ulong(CKO.DATA)),
+            *_MARKS,
             (int(CKA.TOKEN), pack_bool(True)),
             (int(CKA.PRIVATE), pack_bool(True)),
-            (int(CKA.APPLICATION), APPLICATION),
             (int(CKA.LABEL), _LABEL + names.hex().encode()),
             (int(CKA.VALUE), names),
         ],
         timeout=timeout,
     )
-
-
-def _own_data(connection: Connection, *, timeout: float) -> Iterator[tuple[Handle, bytes]]:
-    own: Template = [(int(CKA.CLASS), pack_ulong(CKO.DATA)), (int(CKA.APPLICATION), APPLICATION)]
-    for handle in find_all(connection, own, timeout=timeout):
-        values, _ = connection.get(handle, [int(CKA.LABEL)], timeout=timeout)
-        yield handle, values.get(CKA.LABEL, b"")
 
 
 class Marked(msgspec.Struct, frozen=True):
@@ -64,11 +59,22 @@ class Marked(msgspec.Struct, frozen=True):
 
 
 def marked(connection: Connection, *, timeout: float) -> Marked:
-    labels = [label for _, label in _own_data(connection, timeout=timeout) if label.startswith(OWN_LABEL)]
-    found = [bytes.fromhex(label.removeprefix(_LABEL).decode()) for label in labels if label.startswith(_LABEL)]
-    in_use = len(found) < len(labels)
-    pairs = frozenset((names[: len(names) // 2], names[len(names) // 2 :]) for names in found)
-    return Marked(bool(found), frozenset() if in_use else pairs)
+    found = _read(connection, _MARKS, CKA.VALUE, timeout=timeout)
+    if not found:
+        return Marked(False, frozenset())
+    labels = _read(connection, _OWN, CKA.LABEL, timeout=timeout)
+    if any(label.startswith(OWN_LABEL) and not label.startswith(_LABEL) for label in labels):
+        return Marked(True, frozenset())
+    return Marked(True, frozenset((names[: len(names) // 2], names[len(names) // 2 :]) for names in found))
+
+
+def _read(connection: Connection, template: Template, attribute: CKA, *, timeout: float) -> list[bytes]:
+    """One attribute of all that are found."""
+    values = []
+    for handle in find_all(connection, template, timeout=timeout):
+        found, _ = connection.get(handle, [int(attribute)], timeout=timeout)
+        values.append(found.get(attribute, b""))
+    return values
 
 
 @contextlib.contextmanager
@@ -115,9 +121,8 @@ def clear(connection: Connection, gone: Collection[bytes], *, timeout: float) ->
         for handle, name in keys:
             if name in gone or is_empty(connection, handle, CKO.SECRET_KEY, CKK.AES, timeout=timeout):
                 connection.destroy(handle, timeout=timeout)
-    for handle, label in list(_own_data(connection, timeout=timeout)):
-        if label.startswith(_LABEL):
-            connection.destroy(handle, timeout=timeout)
+    for handle in find_all(connection, _MARKS, timeout=timeout):
+        connection.destroy(handle, timeout=timeout)
 
 
 # -- the journal -------------------------------------------------------------------------------------------------------

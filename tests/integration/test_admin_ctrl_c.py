@@ -59,6 +59,8 @@ def points(line: str, done: Done) -> list[Point]:
     if os.environ.get("HAGROUP_CTRL_C_ALL"):
         return [(number, when) for number in range(1, len(met) + 1) for when in (BEFORE, AFTER)]
     middle = (len(met) * 2 // 3, BEFORE)
+    if line in MORE:  # others ask more of the same commands
+        return [(changes[0], AFTER)]
     return [middle] if line in ONLY_READ else [(changes[0], AFTER), middle]
 
 

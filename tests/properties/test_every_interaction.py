@@ -196,7 +196,7 @@ def test_a_member_fails(change: str) -> None:
     assert total >= 3
 
 
-@pytest.mark.parametrize("change", CHANGES if os.environ.get("HAGROUP_CRASH_ALL") else ["generate", "set", "destroy"])
+@pytest.mark.parametrize("change", CHANGES if os.environ.get("HAGROUP_CRASH_ALL") else ["set", "destroy"])
 def test_killed_and_the_next_one_too(change: str) -> None:
     """Who comes after the one that was killed is killed while it puts things right, at each of its interactions."""
 
@@ -210,7 +210,7 @@ def test_killed_and_the_next_one_too(change: str) -> None:
     _two(change, killed, next_killed, "the next one")
 
 
-@pytest.mark.parametrize("change", CHANGES if os.environ.get("HAGROUP_CRASH_ALL") else ["generate", "set", "destroy"])
+@pytest.mark.parametrize("change", CHANGES if os.environ.get("HAGROUP_CRASH_ALL") else ["set", "destroy"])
 def test_a_member_executes_late_and_the_client_is_killed(change: str) -> None:
     def late(number: int) -> Arm:
         def arm(simulation: Simulation, _: Client) -> Callable[[], bool]:
@@ -223,7 +223,7 @@ def test_a_member_executes_late_and_the_client_is_killed(change: str) -> None:
 
 
 def _two(change: str, first: Callable[[int], Arm], second: Callable[[int], Arm], what: str) -> None:
-    """The second one at each of its places, for each place of the first one (without HAGROUP_CRASH_ALL: each 20th)."""
+    """The second one at each of its places, for each place of the first one (without HAGROUP_CRASH_ALL: each 30th)."""
     total, place = 0, 0
     while play(change, first(place)):
         for number in itertools.count():
@@ -234,6 +234,6 @@ def _two(change: str, first: Callable[[int], Arm], second: Callable[[int], Arm],
                 error.add_note(f"{change}, first at {place}, then at {number}")
                 raise
             total += 1
-        place += 1 if os.environ.get("HAGROUP_CRASH_ALL") else 20
+        place += 1 if os.environ.get("HAGROUP_CRASH_ALL") else 30
     print(f"{change}: {total} pairs of faults, the second one: {what} is killed")
     assert total
