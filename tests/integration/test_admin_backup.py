@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.support import plain
-from tests.support.groups import SO_PIN, GroupFixture, run_client
+from tests.support.groups import SO_PIN, GroupFixture, run_client, wait_until
 from tests.support.newcomers import private
 
 MAKE = """
@@ -56,7 +56,9 @@ def test_restore_brings_back_only_what_is_named(new_group: Callable[..., GroupFi
     assert len(uids) == 2
     assert {outcome for _, outcome in found} == {"there already"}
     remaining = ["kept", "new label", "private data"]
-    assert [plain.labels(member) for member in group.members.values()] == [remaining] * 2
+    wait_until(  # what the programs left to do in the background may just be written
+        lambda: [plain.labels(member) for member in group.members.values()] == [remaining] * 2, "what remains"
+    )
 
     named = [option for uid in uids for option in ("--resurrect", uid)]
     found = outcomes(group, str(file), "--yes", *named)

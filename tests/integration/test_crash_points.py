@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.keywrap import aes_key_wrap
 from tests.support import plain
 from tests.support.groups import PIN, GroupFixture
 
-SAMPLE = 3
+SAMPLE = 2
 """Points of each kind."""
 BOUND = 30.0
 """Seconds in which a fresh client must have put everything right."""

@@ -223,7 +223,7 @@ def test_a_member_executes_late_and_the_client_is_killed(change: str) -> None:
 
 
 def _two(change: str, first: Callable[[int], Arm], second: Callable[[int], Arm], what: str) -> None:
-    """The second one at each of its places, for each place of the first one (without HAGROUP_CRASH_ALL: each 30th)."""
+    """The second one at each of its places, for each place of the first one (without HAGROUP_CRASH_ALL: each 50th)."""
     total, place = 0, 0
     while play(change, first(place)):
         for number in itertools.count():
@@ -234,6 +234,6 @@ def _two(change: str, first: Callable[[int], Arm], second: Callable[[int], Arm],
                 error.add_note(f"{change}, first at {place}, then at {number}")
                 raise
             total += 1
-        place += 1 if os.environ.get("HAGROUP_CRASH_ALL") else 30
+        place += 1 if os.environ.get("HAGROUP_CRASH_ALL") else 50
     print(f"{change}: {total} pairs of faults, the second one: {what} is killed")
     assert total
