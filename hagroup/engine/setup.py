@@ -33,7 +33,14 @@ from hagroup.engine.one_step import one_step
 from hagroup.engine.opening import CONNECTION_LOST, open_life
 from hagroup.engine.shares import random_secrets
 from hagroup.engine.token_contents import inventory
-from hagroup.errors import ConfigurationError, DomainMismatch, GroupUnavailable, HAError, JournalUnavailable
+from hagroup.errors import (
+    ConfigurationError,
+    DomainMismatch,
+    GroupUnavailable,
+    HAError,
+    JournalMismatch,
+    JournalUnavailable,
+)
 from hagroup.journal import Journal, create_journal, open_journal
 from hagroup.members import ModuleProblem
 
@@ -137,13 +144,16 @@ def create_domain(
         held, left = _held(config, lives, timeout=timeout)
         if sealed:
             _expect_sealed(lives, held, timeout=timeout)
-        if len(held) == len(lives) and left:  # made, but for the marks
+        if len(held) == len(lives) and left and hand_out is None:  # made, but for the marks
             _officer_agrees(config, lives, held, so_pin, timeout=timeout)
             _clear(lives, left, timeout=timeout)
             return
         if held:
             names = ", ".join(held)
-            raise ConfigurationError(f"keys of a domain are there already, on {names}; nothing was changed")
+            shared = (
+                "" if hand_out is None else " (shares of them: `ha-admin domain shares`, once the group is created)"
+            )
+            raise ConfigurationError(f"keys of a domain are there already, on {names}; nothing was changed{shared}")
         _officer_agrees(config, lives, held, so_pin, timeout=timeout)
         _clear(lives, left, timeout=timeout)
         secret, made = None, False
@@ -419,6 +429,8 @@ def _there_is_a_journal(config: GroupConfig, clock: Clock) -> bool:
         open_journal(config.journal, clock=clock).close()
     except JournalUnavailable:
         return False
+    except JournalMismatch:
+        return True  # whosever it is
     return True
 
 

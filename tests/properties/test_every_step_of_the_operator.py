@@ -354,3 +354,18 @@ def test_a_sealed_group_is_not_made_of_keys_that_can_leave() -> None:
         assert done.status == 2 and "domain rotate --sealed" in done.err
         assert {name: set(member.token.objects) for name, member in group.members.items()} == before
         assert group.admin(*_create(group)).status == 0
+
+
+def test_a_domain_without_shares_is_not_completed_as_one_with_shares() -> None:
+    """Who asks for shares gets them, or is told that there are none."""
+    operation, shares = OPERATIONS["domain create"], ["--shares", "2-of-3", "--shares-folder"]
+    for place in itertools.count():
+        with ready(operation) as (group, _):
+            done = group.admin(*operation.words(group), arm=lambda c, n=place: setattr(c, "kill_in", 2 * n))
+            folder = group.folder / "shares"
+            again = group.admin(*operation.words(group), *shares, str(folder))
+            made = len(list(folder.glob("*-share-*"))) if folder.exists() else 0
+            assert (again.status, made) in ((0, 6), (2, 0)), (place, again)
+            assert again.status == 0 or "domain shares" in again.err, again
+            if done.status is not None:
+                break
